@@ -1,0 +1,158 @@
+"""The networks of the house: ZFNet as published, and a small one of the same shape that comes trained.
+
+Both are plain ``nn.Sequential`` models whose layers carry the paper's names (``conv1 relu1 pool1 norm1 conv2 ...
+fc8``), one module per layer, so ``model.conv5`` and the name "conv5" mean the same thing everywhere.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .scenes import CLASSES
+
+WEIGHTS = Path(__file__).parent / "weights" / "zfnet_mini.safetensors"
+ZFNET_MINI_MEAN = (0.49, 0.49, 0.49)  # of the generated scenes, in 0..1; the same for the three channels by design
+ZFNET_MINI_STD = (0.22, 0.22, 0.22)
+
+
+def _pool() -> nn.MaxPool2d:
+    # Overlapping 3x3 windows at stride 2. The paper's sizes (110 -> 55, 26 -> 13) need a last, clipped window:
+    # ceil_mode gives it without padding values.
+    return nn.MaxPool2d(3, stride=2, ceil_mode=True)
+
+
+def _initialise(model: nn.Sequential) -> nn.Sequential:
+    # He's initialisation keeps activations of one order through all layers, so that an untrained network is of
+    # use as well; the paper's constant deviation of 0.01 lets them die away.
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def zfnet(num_classes: int = 1000) -> nn.Sequential:
+    """ZFNet with random weights, in eval mode. Input float [N, 3, 224, 224], output logits [N, num_classes].
+
+    Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" (2013), section 3 and figure 3:
+    maps of 110, 55, 26 and 13 pixels, 13x13 through layers 3 to 5, 6x6x256 = 9216 features into ``fc6``.
+    The paper gives no constants for its contrast normalisation; these are Krizhevsky's (2012), n = 5, k = 2,
+    alpha = 1e-4, beta = 0.75, where PyTorch divides alpha by n. They are meant for pixels of 0..255 less the mean.
+    """
+    if num_classes < 1:
+        raise ValueError(f"A classifier needs at least one class, but num_classes is {num_classes}.")
+
+    def norm() -> nn.LocalResponseNorm:
+        return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Conv2d(3, 96, 7, stride=2, padding=1)),  # 110
+        ("relu1", nn.ReLU()),
+        ("pool1", _pool()),  # 55
+        ("norm1", norm()),
+        ("conv2", nn.Conv2d(96, 256, 5, stride=2)),  # 26
+        ("relu2", nn.ReLU()),
+        ("pool2", _pool()),  # 13
+        ("norm2", norm()),
+        ("conv3", nn.Conv2d(256, 384, 3, padding=1)),
+        ("relu3", nn.ReLU()),
+        ("conv4", nn.Conv2d(384, 384, 3, padding=1)),
+        ("relu4", nn.ReLU()),
+        ("conv5", nn.Conv2d(384, 256, 3, padding=1)),
+        ("relu5", nn.ReLU()),
+        ("pool5", _pool()),  # 6
+        ("flatten", nn.Flatten()),
+        *_classifier(256 * 6 * 6, 4096, num_classes),
+    ]
+    return _initialise(nn.Sequential(OrderedDict(layers))).eval()
+
+
+def _classifier(features: int, width: int, num_classes: int) -> list[tuple[str, nn.Module]]:
+    return [
+        ("fc6", nn.Linear(features, width)),
+        ("relu6", nn.ReLU()),
+        ("drop6", nn.Dropout(0.5)),
+        ("fc7", nn.Linear(width, width)),
+        ("relu7", nn.ReLU()),
+        ("drop7", nn.Dropout(0.5)),
+        ("fc8", nn.Linear(width, num_classes)),
+    ]
+
+
+def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
+    """ZFNet's shape at a hundred-and-fiftieth of its size, for the 12 classes of ``convviz_cuda.scenes``; in eval mode.
+
+    Input float [N, 3, H, W] from ``preprocess``, H and W at least 96; output logits [N, 12] in the order of
+    ``scenes.CLASSES``. At 96 px the maps are 46x46, 23x23 and, at layers 3 to 5, 11x11
+    (ZFNet at 224 px: 110, 26 and 13).
+    Trained on scenes of 96 px by ``python -m convviz_cuda.training``; the record lies beside the weights.
+    ``pretrained=False`` gives random weights. Raises FileNotFoundError if the weights are not installed.
+    """
+
+    def norm() -> nn.LocalResponseNorm:
+        # Krizhevsky's alpha is for pixels of 0..255. Ours have deviation 1, about 60 times less, and alpha
+        # multiplies squares: 5e-4 * 60**2 is about 2. With his value the layer would only divide by 1.68.
+        return nn.LocalResponseNorm(5, alpha=2.0, beta=0.75, k=2.0)
+
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Conv2d(3, 24, 7, stride=2, padding=1)),  # 46
+        ("relu1", nn.ReLU()),
+        ("pool1", _pool()),  # 23
+        ("norm1", norm()),
+        ("conv2", nn.Conv2d(24, 48, 5, padding=2)),  # 23; stride 1, or layers 3 to 5 would have 5x5 positions left
+        ("relu2", nn.ReLU()),
+        ("pool2", _pool()),  # 11
+        ("norm2", norm()),
+        ("conv3", nn.Conv2d(48, 80, 3, padding=1)),
+        ("relu3", nn.ReLU()),
+        ("conv4", nn.Conv2d(80, 80, 3, padding=1)),
+        ("relu4", nn.ReLU()),
+        ("conv5", nn.Conv2d(80, 64, 3, padding=1)),
+        ("relu5", nn.ReLU()),
+        ("pool5", _pool()),  # 5
+        ("fit", nn.AdaptiveAvgPool2d(5)),  # the identity at 96 px; what lets larger scenes into fc6
+        ("flatten", nn.Flatten()),
+        *_classifier(64 * 5 * 5, 128, len(CLASSES)),
+    ]
+    model = _initialise(nn.Sequential(OrderedDict(layers)))
+    if pretrained:
+        load_weights(model, WEIGHTS)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into a model, whatever float type it is stored in (float16 becomes float32)."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There are no weights at {path}.")
+    own = model.state_dict()
+    model.load_state_dict({name: t.to(own[name].dtype) if name in own else t for name, t in load_file(path).items()})
+
+
+def preprocess(images: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """Pixels to the input of ``zfnet_mini``: float32 [N, 3, H, W], mean 0 and deviation 1 over the scenes.
+
+    images: a uint8 tensor [N, 3, H, W] or [3, H, W], or a uint8 array [N, H, W, 3] or [H, W, 3].
+    Raises TypeError unless they are uint8, ValueError for another shape.
+    """
+    if isinstance(images, np.ndarray):
+        channels = images.shape[-1] if images.ndim in (3, 4) else None
+        images = torch.from_numpy(np.ascontiguousarray(images))
+        images = images.movedim(-1, -3) if channels == 3 else images
+    else:
+        channels = images.shape[-3] if images.ndim in (3, 4) else None
+    if images.dtype != torch.uint8:
+        raise TypeError(f"preprocess() takes uint8 pixels, but these are {images.dtype}.")
+    if channels != 3:
+        raise ValueError(
+            "preprocess() takes a tensor [N, 3, H, W] or [3, H, W], or an array [N, H, W, 3] or [H, W, 3], "
+            f"but the shape is {tuple(images.shape)}."
+        )
+    batch = images[None] if images.ndim == 3 else images
+    mean, std = (torch.tensor(t, device=batch.device).view(3, 1, 1) for t in (ZFNET_MINI_MEAN, ZFNET_MINI_STD))
+    return (batch.float().div(255.0) - mean) / std

@@ -1,0 +1,567 @@
+"""The ops: schema, checks, fake and autograd of each, and a typed function to call it by.
+
+Kernels for CPU and CUDA come from the extension, the references from :mod:`convviz_cuda.reference`. All
+functions take float64, float32, bfloat16 or float16 on any device, contiguous or channels_last (other
+strides are copied once), and give the input's layout back. Where a function is differentiable, its
+derivative is the plain gradient; the deconvnet and guided rules are other backward passes of the same
+forward and are asked for by name, through ``rule=`` here or :func:`convviz_cuda.backward_rule`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from ._register import define
+from .reference import GRADIENT, IDENTITY, RULES
+
+Rule = Literal["identity", "gradient", "deconvnet", "guided"]
+Pair = int | Sequence[int]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The most input channels for which conv2d_input_grad has a kernel; libraries do well from there on.
+FEW_CHANNELS = 4
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def rule_code(rule: str) -> int:
+    """The code of a rule in the ops' schemas; ValueError for an unknown name."""
+    try:
+        return RULES[rule]
+    except (KeyError, TypeError):
+        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, but it is {rule!r}.") from None
+
+
+def pair(name: str, value: Pair, least: int) -> list[int]:
+    """An int or two ints as [vertical, horizontal], each at least ``least``."""
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if len(values) == 1:
+        values = values * 2
+    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be an int or a pair of ints, but it is {value!r}.")
+    if min(values) < least:
+        raise ValueError(f"{name} must be at least {least}, but it is {value!r}.")
+    return values
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, but it is a {type(tensor).__name__}.")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but it is {tensor.dtype}.")
+
+
+def _check_images(name: str, tensor: Tensor) -> None:
+    _check_float(name, tensor)
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must have the shape (N, C, H, W), but it has the shape {tuple(tensor.shape)}.")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where its memory has neither gaps nor overlaps, else a contiguous copy."""
+    return tensor if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor) else tensor.contiguous()
+
+
+def _two_layouts(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is contiguous or channels_last, else a contiguous copy."""
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.contiguous()
+
+
+def _pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair):
+    kernel = pair("kernel_size", kernel_size, 1)
+    steps = kernel if stride is None or stride == [] or stride == () else pair("stride", stride, 1)
+    pads, gaps = pair("padding", padding, 0), pair("dilation", dilation, 1)
+    for k, p, d in zip(kernel, pads, gaps, strict=True):
+        if p > ((k - 1) * d + 1) // 2:
+            raise ValueError(
+                f"padding must be at most half of the window's extent, but it is {padding!r} "
+                f"for kernel_size {kernel_size!r} and dilation {dilation!r}."
+            )
+    return kernel, steps, pads, gaps
+
+
+def _pooled_shape(shape: Sequence[int], kernel, stride, padding, dilation, ceil_mode: bool) -> list[int]:
+    pooled = [
+        reference.pooled_size(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
+    ]
+    return [*shape[:2], *pooled]
+
+
+def _check_batch(grad_name: str, batch: int, forward: int) -> None:
+    if batch != forward and (forward == 0 or batch % forward):
+        raise ValueError(
+            f"{grad_name} must have a multiple of the forward's {forward} examples in its first dimension, "
+            f"but it has {batch}."
+        )
+
+
+# Under vmap the new dim is moved in front of the batch and merged into it: K gradients share one forward.
+
+
+def _merge(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.movedim(dim, 0).flatten(0, 1)
+
+
+def _vmap_grad_first(op_name: str):
+    """A vmap rule for ops whose first argument is the only one that may be batched (and has a batch dim)."""
+
+    def rule(info, in_dims, grad, *rest):
+        op = getattr(torch.ops.convviz, op_name).default
+        if in_dims[0] is not None and all(d is None or isinstance(d, list | tuple) for d in in_dims[1:]):
+            out = op(_merge(grad, in_dims[0]), *rest)
+            return out.unflatten(0, (info.batch_size, -1)) if out.numel() else out.reshape(
+                info.batch_size, out.shape[0] // info.batch_size, *out.shape[1:]
+            ), 0
+        return _vmap_loop(op, info, in_dims, (grad, *rest))
+
+    return rule
+
+
+def _vmap_loop(op, info, in_dims, args):
+    """One call for each element, for combinations that no kernel serves."""
+
+    def pick(value, dim, i):
+        return value.select(dim, i) if isinstance(value, Tensor) and dim is not None else value
+
+    outs = [op(*(pick(v, d, i) for v, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+    if isinstance(outs[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*outs, strict=True)), (0,) * len(outs[0])
+    return torch.stack(outs), 0
+
+
+def _looped(op_name: str):
+    return lambda info, in_dims, *args: _vmap_loop(getattr(torch.ops.convviz, op_name).default, info, in_dims, args)
+
+
+# ------------------------------------------------------------------------------------------------ relu
+
+
+def _relu_fake(x, lower, upper):
+    return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def _relu_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.size, ctx.stride = output[0].shape, output[0].stride()
+    ctx.mark_non_differentiable(output[1])
+
+
+def _relu_grad(ctx, grad, _):
+    return relu_backward_op(grad, *ctx.saved_tensors, ctx.size, ctx.stride, GRADIENT), None, None
+
+
+relu_op = define(
+    "relu",
+    "(Tensor x, float lower, float? upper) -> (Tensor, Tensor)",
+    reference.relu,
+    _relu_fake,
+    setup_context=_relu_context,
+    backward=_relu_grad,
+    vmap=_looped("relu"),
+)
+
+relu_inplace_op = define(
+    "relu_",
+    "(Tensor(a!) x, float lower, float? upper) -> Tensor",
+    reference.relu_,
+    lambda x, lower, upper: x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8),
+)
+
+
+def _relu_backward_fake(grad, mask, size, stride, rule):
+    return torch.empty_strided(
+        grad.shape,
+        reference.batched_stride(size, stride, grad.shape[0] if len(size) else 1),
+        dtype=grad.dtype,
+        device=grad.device,
+    )
+
+
+def _only_gradient(rule: int) -> None:
+    if rule not in (IDENTITY, GRADIENT):
+        name = next(key for key, code in RULES.items() if code == rule)
+        raise RuntimeError(
+            f"Double backward through the {name} rule is not defined: it is not the derivative of a function. "
+            "Use the rule 'gradient', or call without create_graph=True."
+        )
+
+
+def _relu_backward_context(ctx, inputs, output):
+    _, mask, ctx.size, ctx.stride, ctx.rule = inputs
+    ctx.save_for_backward(mask)
+
+
+def _relu_backward_grad(ctx, grad):
+    _only_gradient(ctx.rule)
+    return relu_backward_op(grad, *ctx.saved_tensors, ctx.size, ctx.stride, ctx.rule), None, None, None, None
+
+
+relu_backward_op = define(
+    "relu_backward",
+    "(Tensor grad, Tensor mask, SymInt[] size, SymInt[] stride, int rule) -> Tensor",
+    reference.relu_backward,
+    _relu_backward_fake,
+    setup_context=_relu_backward_context,
+    backward=_relu_backward_grad,
+    vmap=_vmap_grad_first("relu_backward"),
+)
+
+
+def relu(x: Tensor, lower: float = 0.0, upper: float | None = None) -> tuple[Tensor, Tensor]:
+    """ReLU (or ReLU6, hardtanh) that keeps one bit an element for its backward.
+
+    Args:
+        x: floating point tensor of any shape.
+        lower: values at or below it become ``lower`` and are closed to the backward signal.
+        upper: values at or above it become ``upper`` and are closed too; None for no bound.
+
+    Returns:
+        ``(out, mask)``: ``out`` with the strides of ``x``; ``mask`` uint8 ``(ceil(numel / 8),)``, element i in
+        memory order of ``out`` is bit ``i % 8`` of byte ``i // 8``; set where the element is open. NaN stays NaN
+        and is open, as in PyTorch.
+
+    Differentiable (plain gradient) in ``x``, twice and more.
+    """
+    _check_float("x", x)
+    _check_bounds(lower, upper)
+    return relu_op(_dense(x), lower, upper)
+
+
+def _check_bounds(lower: float, upper: float | None) -> None:
+    if upper is not None and not lower <= upper:
+        raise ValueError(f"upper must be at least lower, but lower is {lower} and upper is {upper}.")
+
+
+def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
+    """:func:`relu` in place: changes ``x`` (which must be dense) and returns the mask.
+
+    Not differentiable: raises ValueError for an ``x`` that is part of a graph being recorded.
+    """
+    _check_float("x", x)
+    _check_bounds(lower, upper)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("relu_ is not differentiable, but x requires a gradient: use relu, or torch.no_grad().")
+    if not torch.ops.aten.is_non_overlapping_and_dense(x):
+        raise ValueError(f"relu_ needs a dense tensor, but x has the shape {tuple(x.shape)} and strides {x.stride()}.")
+    return relu_inplace_op(x, lower, upper)
+
+
+def relu_backward(
+    grad: Tensor, mask: Tensor, size: Sequence[int], stride: Sequence[int], rule: Rule = "gradient"
+) -> Tensor:
+    """The signal below a ReLU, from the signal above it and the mask of :func:`relu`.
+
+    Args:
+        grad: signal from above, ``(K * size[0], *size[1:])``, any strides; K > 1 when K signals share one forward.
+        mask: as :func:`relu` gave it.
+        size, stride: shape and strides of the ``out`` that :func:`relu` gave.
+        rule: "gradient" passes it where the input was positive (Simonyan et al. 2013), "deconvnet" where the
+            signal is positive (Zeiler & Fergus 2013), "guided" where both are (Springenberg et al. 2014, section 3.4).
+
+    Returns:
+        The gated signal, shaped as ``grad``, in the layout of ``stride``.
+    """
+    _check_float("grad", grad)
+    code = rule_code(rule)
+    size, stride = list(size), list(stride)
+    if grad.dim() != len(size) or list(grad.shape[1:]) != size[1:]:
+        raise ValueError(
+            f"grad must have the shape (K * {size[0] if size else 1}, *{tuple(size[1:])}), "
+            f"but it has the shape {tuple(grad.shape)}."
+        )
+    if size:
+        _check_batch("grad", grad.shape[0], size[0])
+    count = math.prod(size)
+    if mask.dtype != torch.uint8 or mask.dim() != 1 or mask.numel() != (count + 7) // 8 or mask.device != grad.device:
+        raise ValueError(
+            f"mask must be uint8 of {(count + 7) // 8} bytes on {grad.device}, "
+            f"but it is {mask.dtype} of the shape {tuple(mask.shape)} on {mask.device}."
+        )
+    order = reference.memory_order(size, stride)
+    expected = 1
+    for dim in reversed(order):
+        if size[dim] != 1 and stride[dim] != expected and count:
+            raise ValueError(f"size and stride must be those of a dense tensor, but they are {size} and {stride}.")
+        expected *= size[dim]
+    if size and grad.shape[0] != size[0] and size[0] != 1 and order[0] != 0 and any(s != 1 for s in size[: order[0]]):
+        raise ValueError(f"Signals that share one forward need its first dim outermost in memory, not {stride}.")
+    return relu_backward_op(grad, mask.contiguous(), size, stride, code)
+
+
+# ------------------------------------------------------------------------------------------- max pooling
+
+
+def _pool_fake(x, kernel, stride, padding, dilation, ceil_mode, relu):
+    shape = _pooled_shape(x.shape, kernel, stride, padding, dilation, ceil_mode)
+    out = x.new_empty(shape).contiguous(memory_format=reference.memory_format(x))
+    return out, torch.empty_like(out, dtype=reference.switch_dtype(kernel))
+
+
+def _pool_context(ctx, inputs, output):
+    x, *ctx.geometry, _, relu = inputs
+    ctx.size, ctx.rule = x.shape[2:], GRADIENT if relu else IDENTITY
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pool_grad(ctx, grad, _):
+    data = switch_unpool2d_op(grad, *ctx.saved_tensors, ctx.size, *ctx.geometry, ctx.rule, False)
+    return data, None, None, None, None, None, None
+
+
+relu_max_pool2d_op = define(
+    "relu_max_pool2d",
+    "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode, bool relu)"
+    " -> (Tensor, Tensor)",
+    reference.relu_max_pool2d,
+    _pool_fake,
+    setup_context=_pool_context,
+    backward=_pool_grad,
+    vmap=_looped("relu_max_pool2d"),
+)
+
+
+def _unpool_fake(grad, switches, size, kernel, stride, padding, dilation, rule, overwrite):
+    shape = (*grad.shape[:2], *size)
+    return torch.empty(
+        shape, dtype=grad.dtype, device=grad.device, memory_format=reference.memory_format(switches)
+    )
+
+
+def _unpool_context(ctx, inputs, output):
+    _, switches, _, *ctx.geometry, ctx.rule, ctx.overwrite = inputs
+    ctx.save_for_backward(switches)
+
+
+def _unpool_grad(ctx, grad):
+    _only_gradient(ctx.rule)
+    if ctx.overwrite:
+        raise RuntimeError("Double backward is defined for overlap='sum' only; overlap='overwrite' is no gradient.")
+    data = reference.switch_gather2d(grad, *ctx.saved_tensors, *ctx.geometry, ctx.rule)
+    return (data, *[None] * 8)
+
+
+switch_unpool2d_op = define(
+    "switch_unpool2d",
+    "(Tensor grad, Tensor switches, SymInt[] size, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    " int rule, bool overwrite) -> Tensor",
+    reference.switch_unpool2d,
+    _unpool_fake,
+    setup_context=_unpool_context,
+    backward=_unpool_grad,
+    vmap=_vmap_grad_first("switch_unpool2d"),
+)
+
+
+def relu_max_pool2d(
+    x: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    *,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """ReLU and max pooling in one pass over ``x``, with switches for the way back.
+
+    Equals ``F.max_pool2d(F.relu(x), ...)`` in every value, tie and NaN; with ``relu=False`` plain max pooling.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        kernel_size, stride, padding, dilation, ceil_mode: as in :func:`torch.nn.functional.max_pool2d`.
+
+    Returns:
+        ``(out, switches)``, both ``(N, C, OH, OW)`` in the layout of ``x``. A switch is the position of the maximum
+        in its window, ``row * kernel_width + column``, bitwise inverted (so negative) where the ReLU closed the
+        whole window. int8 up to 127 positions a window, then int16 and int32. Zeiler & Fergus 2013, section 2.1.
+
+    Differentiable (plain gradient) in ``x``, twice and more.
+    """
+    _check_images("x", x)
+    geometry = _pool_geometry(kernel_size, stride, padding, dilation)
+    shape = _pooled_shape(x.shape, *geometry, ceil_mode)
+    if min(shape[2:]) < 1:
+        raise ValueError(
+            f"The input of {tuple(x.shape[2:])} is too small for kernel_size {kernel_size!r}: "
+            f"the output would have the size {tuple(shape[2:])}."
+        )
+    return relu_max_pool2d_op(_two_layouts(x), *geometry, bool(ceil_mode), bool(relu))
+
+
+def switch_unpool2d(
+    grad: Tensor,
+    switches: Tensor,
+    size: Sequence[int],
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    *,
+    rule: Rule = "gradient",
+    overlap: Literal["sum", "overwrite"] = "sum",
+) -> Tensor:
+    """Unpool a signal through switches and apply the ReLU rule, in one pass: backward of :func:`relu_max_pool2d`.
+
+    Args:
+        grad: signal at the pooled map, ``(K * N, C, OH, OW)``, any strides; K > 1 when K signals share one forward.
+        switches: ``(N, C, OH, OW)`` from :func:`relu_max_pool2d`.
+        size: ``(H, W)`` of the pooling's input.
+        kernel_size, stride, padding, dilation: of the pooling.
+        rule: as in :func:`relu_backward`; "identity" for a pooling without a ReLU in front.
+        overlap: what happens where windows share a maximum: "sum" (as the gradient of max pooling does) or
+            "overwrite" (the largest signal wins, whatever the order).
+
+    Returns:
+        ``(K * N, C, H, W)`` in the layout of ``switches``, zero where no switch points.
+    """
+    _check_images("grad", grad)
+    geometry = _pool_geometry(kernel_size, stride, padding, dilation)
+    code = rule_code(rule)
+    if overlap not in ("sum", "overwrite"):
+        raise ValueError(f"overlap must be 'sum' or 'overwrite', but it is {overlap!r}.")
+    if switches.dim() != 4 or switches.shape[1:] != grad.shape[1:] or switches.device != grad.device:
+        raise ValueError(
+            f"switches must match grad's shape {tuple(grad.shape)} in all but the first dim and its device "
+            f"{grad.device}, but they have the shape {tuple(switches.shape)} on {switches.device}."
+        )
+    _check_batch("grad", grad.shape[0], switches.shape[0])
+    if switches.dtype != reference.switch_dtype(geometry[0]):
+        raise TypeError(
+            f"switches of {kernel_size!r} windows are {reference.switch_dtype(geometry[0])}, but these are {switches.dtype}."
+        )
+    size = pair("size", size, 0)
+    pooled = [
+        [
+            reference.pooled_size(s, k, st, p, d, ceil_mode)
+            for s, k, st, p, d in zip(size, *geometry, strict=True)
+        ]
+        for ceil_mode in (False, True)
+    ]
+    if any(n not in options for n, options in zip(grad.shape[2:], zip(*pooled, strict=True), strict=True)):
+        raise ValueError(
+            f"Pooling an input of {tuple(size)} gives maps of {tuple(pooled[0])} (ceil_mode: {tuple(pooled[1])}), "
+            f"but grad has maps of {tuple(grad.shape[2:])}."
+        )
+    return switch_unpool2d_op(grad, _two_layouts(switches), size, *geometry, code, overlap == "overwrite")
+
+
+# ------------------------------------------------------------------------------ first layer and reduction
+
+
+def _input_grad_fake(grad, weight, size, stride, padding, dilation):
+    shape = (grad.shape[0], weight.shape[1], *size)
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=reference.memory_format(grad))
+
+
+def _input_grad_context(ctx, inputs, output):
+    grad, weight, _, *ctx.geometry = inputs
+    ctx.save_for_backward(grad, weight)
+
+
+def _input_grad_grad(ctx, double):
+    grad, weight = ctx.saved_tensors
+    to_grad = F.conv2d(double, weight, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
+    to_weight = None
+    if ctx.needs_input_grad[1]:
+        to_weight = torch.nn.grad.conv2d_weight(double, weight.shape, grad, *ctx.geometry)
+    return to_grad, to_weight, None, None, None, None
+
+
+conv2d_input_grad_op = define(
+    "conv2d_input_grad",
+    "(Tensor grad, Tensor weight, SymInt[] size, int[] stride, int[] padding, int[] dilation) -> Tensor",
+    reference.conv2d_input_grad,
+    _input_grad_fake,
+    setup_context=_input_grad_context,
+    backward=_input_grad_grad,
+    vmap=_vmap_grad_first("conv2d_input_grad"),
+)
+
+
+def conv2d_input_grad(
+    grad: Tensor, weight: Tensor, size: Sequence[int], stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1
+) -> Tensor:
+    """The data gradient of ``F.conv2d`` for few input channels (a network's first layer).
+
+    Args:
+        grad: ``(N, C_out, OH, OW)``, the gradient at the convolution's output.
+        weight: ``(C_out, C_in, KH, KW)`` with at most 4 input channels, dtype and device of ``grad``.
+        size: ``(H, W)`` of the convolution's input.
+        stride, padding, dilation: of the convolution (groups = 1, zero padding).
+
+    Returns:
+        ``(N, C_in, H, W)`` in the layout of ``grad``. Sums run in float32 (float64 for float64).
+
+    Raises ValueError for more than 4 input channels: use :func:`torch.nn.grad.conv2d_input` there.
+    """
+    _check_images("grad", grad)
+    _check_images("weight", weight)
+    if weight.dtype != grad.dtype or weight.device != grad.device:
+        raise TypeError(
+            f"weight must be {grad.dtype} on {grad.device} as grad is, but it is {weight.dtype} on {weight.device}."
+        )
+    if weight.shape[0] != grad.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"weight must have {grad.shape[1]} output channels and no empty dim, but its shape is {tuple(weight.shape)}."
+        )
+    if weight.shape[1] > FEW_CHANNELS:
+        raise ValueError(f"weight must have at most {FEW_CHANNELS} input channels, but it has {weight.shape[1]}.")
+    size = pair("size", size, 0)
+    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    steps, pads, gaps = geometry
+    expected = [
+        (size[i] + 2 * pads[i] - gaps[i] * (weight.shape[2 + i] - 1) - 1) // steps[i] + 1 for i in (0, 1)
+    ]
+    if list(grad.shape[2:]) != expected:
+        raise ValueError(
+            f"A convolution of a {tuple(size)} input gives maps of {tuple(expected)}, but grad has {tuple(grad.shape[2:])}."
+        )
+    return conv2d_input_grad_op(_two_layouts(grad), weight, size, *geometry)
+
+
+def _max_abs_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _max_abs_grad(ctx, grad):
+    x, highest = ctx.saved_tensors
+    # As amax does: channels that tie share the gradient.
+    ties = x.abs() == highest.unsqueeze(1)
+    return torch.where(ties, (grad / ties.sum(1)).unsqueeze(1) * x.sgn(), 0.0)
+
+
+max_abs_channels_op = define(
+    "max_abs_channels",
+    "(Tensor x) -> Tensor",
+    reference.max_abs_channels,
+    lambda x: x.new_empty((x.shape[0], *x.shape[2:])),
+    setup_context=_max_abs_context,
+    backward=_max_abs_grad,
+    vmap=_vmap_grad_first("max_abs_channels"),
+)
+
+
+def max_abs_channels(x: Tensor) -> Tensor:
+    """Saliency's reduction: the largest absolute value over the channels (Simonyan et al. 2013, section 3.1).
+
+    Args:
+        x: ``(N, C, H, W)`` with at least one channel.
+
+    Returns:
+        ``(N, H, W)``; a NaN in any channel gives NaN. Differentiable once.
+    """
+    _check_images("x", x)
+    if x.shape[1] == 0:
+        raise ValueError(f"x must have at least one channel, but it has the shape {tuple(x.shape)}.")
+    return max_abs_channels_op(_two_layouts(x))

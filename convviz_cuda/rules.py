@@ -1,0 +1,513 @@
+"""The backward engine: any model's backward pass under a ReLU rule, keeping only what an input gradient needs.
+
+:func:`backward_rule` is a ``TorchFunctionMode``: it sees every call that a forward makes, however a ReLU is
+spelled, and puts nodes of ours into the autograd graph in place of PyTorch's. It is active in its own thread
+only and leaves nothing behind. What each node keeps between forward and backward:
+
+=================  =================================  ============================================
+layer              PyTorch keeps                      kept here
+=================  =================================  ============================================
+relu, relu6        its output                         1 bit an element
+max_pool2d         8-byte indices                     1 byte a window
+conv2d             its input                          the weight and a shape
+batch_norm (eval)  its input                          one scale a channel
+avg_pool2d         its input                          a shape
+=================  =================================  ============================================
+
+Weights count as constants, whatever their ``requires_grad``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+from . import ops
+from .reference import DECONVNET, IDENTITY, RULES, channels_last, memory_format
+
+BACKWARD_RULES = ("gradient", "deconvnet", "guided")
+_TLS_KEY = "convviz_cuda.backward_rule"
+
+
+def _check_rule(rule: str) -> str:
+    if rule not in BACKWARD_RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, BACKWARD_RULES))}, but it is {rule!r}.")
+    return rule
+
+
+class backward_rule(TorchFunctionMode):  # noqa: N801 - reads as a function in a with statement, as torch.no_grad
+    """Context in which ReLUs pass the backward signal under a rule.
+
+    ::
+
+        with convviz_cuda.backward_rule("guided"):
+            (gradient,) = torch.autograd.grad(model(images)[:, 281].sum(), images)
+
+    Args:
+        rule: "gradient" (Simonyan et al. 2013), "deconvnet" (Zeiler & Fergus 2013; contrast normalisation is the
+            identity on the way back) or "guided" (Springenberg et al. 2014, section 3.4).
+
+    The rule is read when the backward runs: assign :attr:`rule` between two backward passes and one forward
+    serves several rules. A backward inside another ``backward_rule`` follows the innermost one; a backward after
+    the context follows the rule it was recorded under. The rule acts per operation: a tensor that feeds a ReLU
+    and a skip connection is gated on the ReLU's branch only.
+
+    Under "gradient" the result equals PyTorch's and can be differentiated again; under the other rules a second
+    differentiation raises RuntimeError. Layers without a rule pass their ordinary gradient. Warns (UserWarning)
+    about training-mode batch norm and dropout, and about a forward in which no ReLU was seen, as in scripted
+    or traced modules and where ``clamp`` stands for a ReLU.
+
+    Raises ValueError for an unknown rule.
+    """
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self._rule = _check_rule(rule)
+        self._outer: list[Any] = []
+        self.rectifiers = 0
+        self.layers = 0
+
+    @property
+    def rule(self) -> str:
+        """The rule that the next backward pass follows."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: str) -> None:
+        self._rule = _check_rule(rule)
+
+    def __enter__(self) -> backward_rule:
+        # This slot is copied to autograd's own threads, which a threading.local is not.
+        self._outer.append(_innermost())
+        torch._C._stash_obj_in_tls(_TLS_KEY, self)
+        return super().__enter__()
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        super().__exit__(kind, value, trace)
+        torch._C._stash_obj_in_tls(_TLS_KEY, self._outer.pop())
+        if kind is None and self.layers and not self.rectifiers and self._rule != "gradient":
+            self.warn_without_rectifier()
+
+    def warn_without_rectifier(self) -> None:
+        """Say that the rule had nothing to act on."""
+        _warn(
+            f"No ReLU was seen in this forward, so the rule {self._rule!r} gives the plain gradient. Scripted, traced "
+            "or compiled modules cannot be looked into, and clamp(min=0) or F.threshold does not count as a ReLU."
+        )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # shape, dtype, is_cuda...: nothing flows
+            return func(*args, **kwargs)
+        read = [node for node in map(_relu_node, _tensors((args, kwargs))) if node is not None]
+        handler = _HANDLERS.get(func)
+        out = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
+        if read and (func in _ESCAPES or any(t.requires_grad for t in _tensors(out))):
+            for node in read:
+                node.consumers += 1
+        return out
+
+
+def _innermost() -> backward_rule | None:
+    return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
+
+
+def _rule_now(recorded: backward_rule) -> int:
+    return RULES[(_innermost() or recorded).rule]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _tensors(value: Any):
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+# ------------------------------------------------------------------------------- batches of signals (vmap)
+
+
+def _unwrapped(signal: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """``(plain, wrap)`` of a vmap wrapper with its batched dim in front, None for a plain tensor.
+
+    There are two kinds: those of :func:`torch.func.vmap` and the older ones of ``autograd.grad(is_grads_batched=True)``.
+    """
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(signal):
+        level, dim = functorch.maybe_get_level(signal), functorch.maybe_get_bdim(signal)
+        return functorch.get_unwrapped(signal).movedim(dim, 0), lambda out: functorch._add_batch_dim(out, 0, level)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level > 0 and "Batched" in torch._C._dispatch_key_set(signal):
+        return torch._remove_batch_dim(signal, level, 1, 0), lambda out: torch._add_batch_dim(out, 0, level)
+    return None
+
+
+def _per_signal(function: Callable[[Tensor], Tensor], signal: Tensor) -> Tensor:
+    """``function`` of a plain ``(K * N, ...)`` signal, also where K signals come through one graph by vmap.
+
+    A wrapper's layout cannot be asked for, and cuDNN and oneDNN want one batch: so it is unwrapped, merged and wrapped
+    again, and all nodes share what one forward kept between the K signals.
+    """
+    found = _unwrapped(signal)
+    if found is None:
+        return function(signal)
+    plain, wrap = found
+    merged = plain.reshape(plain.shape[0] * plain.shape[1], *plain.shape[2:])
+    out = _per_signal(function, merged)
+    return wrap(out.reshape(plain.shape[0], plain.shape[1], *out.shape[1:]))
+
+
+def _dense_as(signal: Tensor, layout: torch.memory_format) -> Tensor:
+    """The signal in the layout of the forward's output: what convolutions want, and expanded sums become real."""
+    return signal.contiguous(memory_format=layout) if signal.dim() == 4 else signal.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------- nodes
+
+
+class _ReLU(Function):
+    """ReLU, ReLU6 and hardtanh. ``gated`` carries the signal that a pooling above has gated already."""
+
+    @staticmethod
+    def forward(ctx, x, lower, upper, session, inplace):
+        if inplace:
+            ctx.mark_dirty(x)
+            mask, out = ops.relu_inplace_op(x, lower, upper), x
+        else:
+            out, mask = ops.relu_op(ops._dense(x), lower, upper)
+        ctx.session, ctx.size, ctx.stride = session, out.shape, out.stride()
+        ctx.plain = lower == 0 and upper is None
+        ctx.consumers, ctx.gated = 0, {}
+        ctx.save_for_backward(mask)
+        return out
+
+    @staticmethod
+    def backward(ctx, signal):
+        fused = ctx.gated.pop(torch._C._current_graph_task_id(), None)
+        if fused is not None:
+            gated, ungated = fused
+            if signal is gated:
+                return signal, None, None, None, None
+            # Somebody read the ReLU's output out of the mode's sight (a custom Function): put back what was gated.
+            signal = signal + (ungated() - gated)
+        (mask,) = ctx.saved_tensors
+        rule = _rule_now(ctx.session)
+
+        def gate(merged: Tensor) -> Tensor:
+            return ops.relu_backward_op(merged, mask, ctx.size, ctx.stride, rule)
+
+        return _per_signal(gate, signal), None, None, None, None
+
+
+class _MaxPool2d(Function):
+    """Max pooling with switches; gates for the ReLU below where it is that ReLU's only reader."""
+
+    @staticmethod
+    def forward(ctx, x, geometry, ceil_mode, session, relu_node):
+        # On a ReLU's output every negative switch means "closed": the flag costs nothing and saves a pass later.
+        out, switches = ops.relu_max_pool2d_op(ops._two_layouts(x), *geometry, ceil_mode, relu_node is not None)
+        ctx.session, ctx.geometry, ctx.size, ctx.relu_node = session, geometry, x.shape[2:], relu_node
+        ctx.save_for_backward(switches)
+        return out
+
+    @staticmethod
+    def backward(ctx, signal):
+        (switches,) = ctx.saved_tensors
+
+        def unpool(rule: int) -> Tensor:
+            def through(merged: Tensor) -> Tensor:
+                return ops.switch_unpool2d_op(merged, switches, ctx.size, *ctx.geometry, rule, False)
+
+            return _per_signal(through, signal)
+
+        node = ctx.relu_node
+        # The ReLU's output must be gone (nobody can ask for the gradient there) and read by this pooling alone:
+        # gating one part of a sum and then adding is another number. A graph being recorded keeps its plain form.
+        fused = node is not None and node.consumers == 1 and node.output() is None and not torch.is_grad_enabled()
+        if not fused:
+            return unpool(IDENTITY), None, None, None, None
+        gated = unpool(_rule_now(ctx.session))
+        node.gated[torch._C._current_graph_task_id()] = gated, lambda: unpool(IDENTITY)
+        return gated, None, None, None, None
+
+
+class _Conv2d(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        ctx.size, ctx.geometry, ctx.groups = x.shape[2:], (stride, padding, dilation), groups
+        ctx.layout, ctx.dtype = memory_format(out), x.dtype
+        ctx.save_for_backward(weight)
+        return out
+
+    @staticmethod
+    def backward(ctx, signal):
+        (weight,) = ctx.saved_tensors
+
+        def data_gradient(signal: Tensor) -> Tensor:
+            signal = _dense_as(signal, ctx.layout)
+            kernel = ops.conv2d_input_grad_op if ctx.groups == 1 and _few_channels(signal, weight) else None
+            arguments = (signal, weight.to(signal.dtype), ctx.size, *ctx.geometry)
+            data = kernel(*arguments) if kernel else ops.reference.conv2d_input_grad(*arguments, ctx.groups)
+            return data.to(ctx.dtype)
+
+        return _per_signal(data_gradient, signal), *[None] * 6
+
+
+def _few_channels(signal: Tensor, weight: Tensor) -> bool:
+    """Where our data gradient is the faster one: see benchmarks/test_ops.py, group conv2d_input_grad."""
+    return weight.shape[1] <= ops.FEW_CHANNELS and signal.device.type == "cpu" and channels_last(signal)
+
+
+class _BatchNormEval(Function):
+    @staticmethod
+    def forward(ctx, x, mean, var, weight, bias, eps):
+        scale = torch.rsqrt(var + eps)
+        ctx.save_for_backward(scale if weight is None else scale * weight)
+        ctx.dtype = x.dtype
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx, signal):
+        (scale,) = ctx.saved_tensors
+        scale = scale.view(-1, *[1] * (signal.dim() - 2))
+        return (signal * scale).to(ctx.dtype), None, None, None, None, None
+
+
+class _AvgPool2d(Function):
+    """Average and adaptive average pooling: linear, so only the input's shape matters."""
+
+    @staticmethod
+    def forward(ctx, x, pool, backward, arguments):
+        out = pool(x, *arguments)
+        ctx.backward, ctx.arguments = backward, arguments
+        ctx.shape, ctx.layout, ctx.dtype = x.shape, memory_format(x), x.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, signal):
+        def spread(signal: Tensor) -> Tensor:
+            signal = _dense_as(signal, ctx.layout)
+            shape = (signal.shape[0], *ctx.shape[1:])
+            # The backward op asks its input for the shape and the layout only.
+            like = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=ctx.layout)
+            return ctx.backward(signal, like, *ctx.arguments).to(ctx.dtype)
+
+        return _per_signal(spread, signal), None, None, None
+
+
+class _LocalResponseNorm(Function):
+    """x / (k + alpha / size * sum over neighbouring channels of x^2) ^ beta; the identity under the deconvnet rule."""
+
+    @staticmethod
+    def forward(ctx, x, size, alpha, beta, k, session):
+        ctx.settings, ctx.session = (size, alpha, beta, k), session
+        ctx.save_for_backward(x)
+        return F.local_response_norm(x, size, alpha, beta, k)
+
+    @staticmethod
+    def backward(ctx, signal):
+        if _rule_now(ctx.session) == DECONVNET:
+            return signal, None, None, None, None, None
+        (x,) = ctx.saved_tensors
+        size, alpha, beta, k = ctx.settings
+        pixels = x.dim() - 2
+
+        def neighbours(values: Tensor, before: int, after: int) -> Tensor:
+            padded = F.pad(values, [0, 0] * pixels + [before, after])
+            channels = values.shape[-1 - pixels]
+            return sum(padded.narrow(-1 - pixels, shift, channels) for shift in range(size))
+
+        before, after = size // 2, (size - 1) // 2
+        norm = k + alpha / size * neighbours(x * x, before, after)
+
+        def through(merged: Tensor) -> Tensor:
+            signal = merged.reshape(-1, *x.shape) if x.numel() else merged[None]
+            # Channel c lies in the windows of c - after .. c + before: the mirrored reach.
+            shared = neighbours(signal * x * norm.pow(-beta - 1), after, before)
+            return (signal * norm.pow(-beta) - 2 * alpha * beta / size * x * shared).reshape(merged.shape)
+
+        return _per_signal(through, signal), None, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------- handlers
+
+_RELU_NODE = _ReLU._backward_cls
+
+
+def _relu_node(tensor: Tensor) -> Any:
+    node = tensor.grad_fn
+    return node if type(node) is _RELU_NODE else None
+
+
+def _recorded(x: Any) -> bool:
+    """Whether a call belongs to a graph that nodes of ours can carry."""
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and x.dtype in ops.DTYPES
+
+
+def _rectify(session, func, x, lower, upper, inplace, plain):
+    session.rectifiers += 1
+    if not _recorded(x):
+        return plain()
+    if inplace and (x._is_view() or not torch.ops.aten.is_non_overlapping_and_dense(x)):
+        # A view's history is rewritten by copy_: the graph then knows which part of its base was rectified.
+        return x.copy_(_rectify(session, func, x, lower, upper, False, plain))
+    out = _ReLU.apply(x, lower, upper, session, inplace)
+    out.grad_fn.output = weakref.ref(out)
+    return out
+
+
+def _relu(session, func, input, inplace=False):
+    return _rectify(session, func, input, 0.0, None, inplace, lambda: func(input, inplace=True) if inplace else func(input))
+
+
+def _relu_method(session, func, input):
+    return _rectify(session, func, input, 0.0, None, False, lambda: func(input))
+
+
+def _relu_inplace(session, func, input):
+    return _rectify(session, func, input, 0.0, None, True, lambda: func(input))
+
+
+def _relu6(session, func, input, inplace=False):
+    return _rectify(session, func, input, 0.0, 6.0, inplace, lambda: func(input, inplace))
+
+
+def _hardtanh(session, func, input, min_val=-1.0, max_val=1.0, inplace=False):
+    return _rectify(session, func, input, min_val, max_val, inplace, lambda: func(input, min_val, max_val, inplace))
+
+
+def _hardtanh_inplace(session, func, input, min_val=-1.0, max_val=1.0):
+    return _rectify(session, func, input, min_val, max_val, True, lambda: func(input, min_val, max_val))
+
+
+def _max_pool2d(
+    session, func, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    if return_indices or not _recorded(input) or input.dim() not in (3, 4):
+        extra = {"return_indices": True} if return_indices else {}
+        return func(input, kernel_size, stride or kernel_size, padding, dilation, ceil_mode, **extra)
+    if input.dim() == 3:
+        return _max_pool2d(session, func, input[None], kernel_size, stride, padding, dilation, ceil_mode)[0]
+    node = _relu_node(input)
+    node = node if node is not None and node.plain else None
+    geometry = ops._pool_geometry(kernel_size, stride, padding, dilation)
+    if min(ops._pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
+        return func(input, kernel_size, stride, padding, dilation, ceil_mode)  # raises PyTorch's own error
+    return _MaxPool2d.apply(input, geometry, ceil_mode, session, node)
+
+
+def _pair(value: Any) -> list[int]:
+    return [int(v) for v in value] * (2 if len(value) == 1 else 1) if isinstance(value, tuple | list) else [value] * 2
+
+
+def _constant(parameter: Any) -> Any:
+    return parameter.detach() if isinstance(parameter, Tensor) else parameter
+
+
+def _conv2d(session, func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    session.layers += 1
+    weight, bias = _constant(weight), _constant(bias)
+    if not _recorded(input) or input.dim() != 4 or isinstance(padding, str):
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    return _Conv2d.apply(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+
+
+def _affine(session, func, input, weight, bias=None, *args, **kwargs):
+    session.layers += 1
+    return func(input, _constant(weight), _constant(bias), *args, **kwargs)
+
+
+def _batch_norm(
+    session, func, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    weight, bias = _constant(weight), _constant(bias)
+    if training or running_mean is None or running_var is None:
+        _warn(
+            "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
+            "statistics change. Call model.eval() first."
+        )
+    elif _recorded(input):
+        return _BatchNormEval.apply(input, running_mean, running_var, weight, bias, eps)
+    return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _dropout(session, func, input, p=0.5, training=True, inplace=False):
+    if training and p > 0:
+        _warn(f"Dropout (p={p}) runs in training mode: attributions are random. Call model.eval() first.")
+    return func(input, p, training, inplace)
+
+
+def _avg_pool2d(session, func, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
+                divisor_override=None):  # fmt: skip
+    arguments = (_pair(kernel_size), _pair(stride or kernel_size), _pair(padding), ceil_mode, count_include_pad,
+                 divisor_override)  # fmt: skip
+    if not _recorded(input) or input.dim() != 4:
+        return func(input, *arguments)
+    return _AvgPool2d.apply(input, func, torch.ops.aten.avg_pool2d_backward, arguments)
+
+
+def _adaptive_avg_pool2d(session, func, input, output_size):
+    if not _recorded(input) or input.dim() != 4:
+        return func(input, output_size)
+    size = [given or own for given, own in zip(_pair_or_none(output_size), input.shape[2:], strict=True)]
+    return _AvgPool2d.apply(
+        input, lambda x: func(x, size), torch.ops.aten._adaptive_avg_pool2d_backward, ()
+    )
+
+
+def _pair_or_none(value: Any) -> list[int | None]:
+    return list(value) if isinstance(value, tuple | list) else [value, value]
+
+
+def _local_response_norm(session, func, input, size, alpha=1e-4, beta=0.75, k=1.0):
+    if not _recorded(input) or input.dim() < 3 or size < 1:
+        return func(input, size, alpha, beta, k)
+    return _LocalResponseNorm.apply(input, size, alpha, beta, k, session)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.relu: _relu,
+    torch.relu: _relu_method,
+    Tensor.relu: _relu_method,
+    torch.relu_: _relu_inplace,
+    Tensor.relu_: _relu_inplace,
+    F.relu6: _relu6,
+    F.hardtanh: _hardtanh,
+    F.hardtanh_: _hardtanh_inplace,
+    F.max_pool2d: _max_pool2d,
+    torch.max_pool2d: _max_pool2d,
+    F.conv2d: _conv2d,
+    F.linear: _affine,
+    F.conv1d: _affine,
+    F.conv3d: _affine,
+    F.conv_transpose1d: _affine,
+    F.conv_transpose2d: _affine,
+    F.conv_transpose3d: _affine,
+    F.batch_norm: _batch_norm,
+    F.dropout: _dropout,
+    F.dropout2d: _dropout,
+    F.alpha_dropout: _dropout,
+    F.avg_pool2d: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+    F.local_response_norm: _local_response_norm,
+}
+
+# Calls that let a gradient be asked for at a tensor, though they return none.
+_ESCAPES = frozenset({Tensor.register_hook, Tensor.retain_grad, Tensor.backward, torch.autograd.grad})
