@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import ops
+from . import attr, ops
 from ._backend import info
 from .rules import backward_rule
 from .version import __version__
 
-__all__ = ["__version__", "backward_rule", "info", "ops"]
+__all__ = ["__version__", "attr", "backward_rule", "info", "ops"]

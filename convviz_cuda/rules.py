@@ -74,6 +74,7 @@ class backward_rule(TorchFunctionMode):  # noqa: N801 - reads as a function in a
         self._outer: list[Any] = []
         self.rectifiers = 0
         self.layers = 0
+        self.expects_rectifier = True
 
     @property
     def rule(self) -> str:
@@ -93,15 +94,12 @@ class backward_rule(TorchFunctionMode):  # noqa: N801 - reads as a function in a
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)
         torch._C._stash_obj_in_tls(_TLS_KEY, self._outer.pop())
-        if kind is None and self.layers and not self.rectifiers and self._rule != "gradient":
-            self.warn_without_rectifier()
-
-    def warn_without_rectifier(self) -> None:
-        """Say that the rule had nothing to act on."""
-        _warn(
-            f"No ReLU was seen in this forward, so the rule {self._rule!r} gives the plain gradient. Scripted, traced "
-            "or compiled modules cannot be looked into, and clamp(min=0) or F.threshold does not count as a ReLU."
-        )
+        silent = self._rule == "gradient" or not self.expects_rectifier
+        if kind is None and self.layers and not self.rectifiers and not silent:
+            _warn(
+                f"No ReLU was seen in this forward, so the rule {self._rule!r} gives the plain gradient. Scripted, "
+                "traced or compiled modules cannot be looked into, and clamp(min=0) or F.threshold is no ReLU here."
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,0 +1,17 @@
+"""Attribution methods, with the names, signatures and meanings of Captum's."""
+
+from __future__ import annotations
+
+from .deconvolution import Deconvolution, NeuronDeconvolution
+from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
+from .input_x_gradient import InputXGradient
+from .saliency import Saliency
+
+__all__ = [
+    "Deconvolution",
+    "GuidedBackprop",
+    "InputXGradient",
+    "NeuronDeconvolution",
+    "NeuronGuidedBackprop",
+    "Saliency",
+]

@@ -1,0 +1,293 @@
+"""The pass that all gradient methods share: one forward under a rule, then the gradients of some scores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..rules import backward_rule
+from ._inputs import (
+    Inputs,
+    Selector,
+    Target,
+    as_tuple,
+    extra_args,
+    leaves,
+    restore,
+    select_neuron,
+    select_target,
+    target_list,
+)
+
+# Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
+# multiprocessors busy, few enough that its signals stay a small multiple of one forward's activations.
+EXAMPLES_PER_PASS = 32
+
+
+class _Stop(BaseException):
+    """Ends a forward at a layer. Not an Exception, so that a model's own handlers let it pass."""
+
+
+def gradients(scores: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients of the summed scores; an input that nothing reads raises PyTorch's RuntimeError."""
+    return torch.autograd.grad(scores.sum(), inputs)
+
+
+def many_gradients(
+    output: Tensor, inputs: tuple[Tensor, ...], scores: Sequence[Callable[[Tensor], Tensor]], at_once: int | None
+) -> tuple[Tensor, ...]:
+    """Gradients of K scores of one output, ``(K, *input.shape)`` for each input, by batched backward passes."""
+    if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
+        raise ValueError(f"targets_per_pass must be an int of at least 1, but it is {at_once!r}.")
+    if not scores:
+        return tuple(x.new_empty((0, *x.shape)) for x in inputs)
+    probe = output.detach().requires_grad_()
+    seeds = torch.stack([torch.autograd.grad(score(probe).sum(), probe)[0] for score in scores])
+    at_once = at_once or max(1, EXAMPLES_PER_PASS // max(1, output.shape[0] if output.dim() else 1))
+
+    def backward(seed: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, inputs, seed, retain_graph=True)
+
+    results = tuple(torch.empty((len(scores), *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
+    for start in range(0, len(scores), at_once):
+        chunk = seeds[start : start + at_once]
+        for result, part in zip(results, _batched(backward, chunk), strict=True):
+            result[start : start + at_once] = part
+    return results
+
+
+def _batched(backward: Callable[[Tensor], tuple[Tensor, ...]], seeds: Tensor) -> tuple[Tensor, ...]:
+    if len(seeds) > 1:
+        try:
+            return torch.func.vmap(backward)(seeds)
+        except RuntimeError:
+            # An operation of the model cannot be batched: one backward pass for each seed gives the same numbers.
+            pass
+    return tuple(torch.stack(parts) for parts in zip(*map(backward, seeds), strict=True))
+
+
+class GradientAttribution:
+    """What the gradient methods share. ``forward_func``: a model or any callable that returns scores."""
+
+    rule = "gradient"
+    multiplies_by_inputs = False
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        if not callable(forward_func):
+            raise TypeError(f"forward_func must be callable, but it is {forward_func!r}.")
+        self.forward_func = forward_func
+
+    @staticmethod
+    def has_convergence_delta() -> bool:
+        """Whether ``return_convergence_delta`` is offered; False for all methods that take one gradient."""
+        return False
+
+    def _result(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The attribution, from the gradient (with any leading dims) and the input."""
+        return gradient
+
+    def _forward(self, session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
+        output = self.forward_func(*xs, *extra_args(args))
+        session.layers += 1  # a forward was made, also where the mode could not see into it
+        return output
+
+    def _attribute(
+        self,
+        inputs: Inputs,
+        args: Any,
+        differentiate: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        forward: Callable[..., Any] | None = None,
+        result: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Inputs:
+        """One recorded forward, then ``differentiate(output, leaves)`` in the same context."""
+        tensors = as_tuple(inputs)
+        xs = leaves(tensors)
+        with torch.enable_grad(), backward_rule(self.rule) as session:
+            found = differentiate((forward or self._forward)(session, xs, args), xs)
+        result = result or self._result
+        results = tuple(result(restore(g, x), x.detach()) for g, x in zip(found, tensors, strict=True))
+        return results if isinstance(inputs, tuple) else results[0]
+
+
+class TargetAttribution(GradientAttribution):
+    """Gradient methods of a target score whose call is ``attribute(inputs, target, additional_forward_args)``."""
+
+    def attribute(self, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Inputs:
+        """The attribution of each example's target score to its inputs.
+
+        Args:
+            inputs: a float tensor ``(N, ...)`` or a tuple of them.
+            target: which score: an int for all examples, a list or 1-D tensor of N ints, a tuple as trailing index, a
+                list of N tuples; None only where each example has a single score.
+            additional_forward_args: passed on behind the inputs.
+
+        Returns:
+            Tensor or tuple shaped as ``inputs``, same dtype, device and memory format.
+
+        Raises AssertionError for a target that does not fit the output, IndexError for one out of range.
+        """
+        return self._attribute(
+            inputs, additional_forward_args, lambda output, xs: gradients(select_target(output, target), xs)
+        )
+
+    def attribute_many(
+        self,
+        inputs: Inputs,
+        targets: Any,
+        additional_forward_args: Any = None,
+        *,
+        targets_per_pass: int | None = None,
+    ) -> Inputs:
+        """:meth:`attribute` for K targets: one forward, batched backward passes.
+
+        Args:
+            targets: K targets, each as in :meth:`attribute`; or an integer tensor ``(K,)`` or ``(K, N)``.
+            targets_per_pass: targets in one backward pass; None chooses by the batch size.
+
+        Returns:
+            ``(K, N, ...)`` for each input.
+        """
+        scores = target_scores(targets)
+        return self._attribute(
+            inputs, additional_forward_args, lambda out, xs: many_gradients(out, xs, scores, targets_per_pass)
+        )
+
+
+def target_scores(targets: Any) -> list[Callable[[Tensor], Tensor]]:
+    return [lambda output, t=target: select_target(output, t) for target in target_list(targets)]
+
+
+class NeuronAttribution(GradientAttribution):
+    """What the neuron methods share: the forward stops at a layer and the scores are neurons of its output."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module | str, device_ids: list[int] | None = None) -> None:
+        check_module(model)
+        super().__init__(model)
+        self.layer = find_layer(model, layer)
+        # Accepted because Captum has it: replicas of DataParallel are not looked into, the model runs as it is.
+        self.device_ids = device_ids
+        self._runs: int | None = None
+
+    def attribute(
+        self,
+        inputs: Inputs,
+        neuron_selector: Selector,
+        additional_forward_args: Any = None,
+        attribute_to_neuron_input: bool = False,
+    ) -> Inputs:
+        """The attribution of a neuron of the layer to the inputs. The forward stops at the layer.
+
+        Args:
+            inputs: a float tensor ``(N, ...)`` or a tuple of them.
+            neuron_selector: index of the neuron without the batch dim, an int or a tuple of ints and slices (the neurons
+                of a slice are summed); or a callable from the layer's output to ``(N,)`` or ``(N, 1)`` scores.
+            additional_forward_args: passed on behind the inputs.
+            attribute_to_neuron_input: select from the layer's input instead of its output.
+
+        Returns:
+            Tensor or tuple shaped as ``inputs``, same dtype, device and memory format. Of a layer that runs more than
+            once, the last run counts.
+
+        Raises AssertionError for a selector that does not name one neuron of each example or a layer that does not
+        run, IndexError for an index out of range.
+        """
+
+        def differentiate(output: Any, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return gradients(select_neuron(output, neuron_selector), xs)
+
+        return self._attribute(
+            inputs, additional_forward_args, differentiate, self._to_layer(attribute_to_neuron_input)
+        )
+
+    def attribute_many(
+        self,
+        inputs: Inputs,
+        neuron_selectors: Sequence[Selector],
+        additional_forward_args: Any = None,
+        attribute_to_neuron_input: bool = False,
+        *,
+        targets_per_pass: int | None = None,
+    ) -> Inputs:
+        """:meth:`attribute` for K neurons of the layer: one forward, batched backward passes.
+
+        Returns:
+            ``(K, N, ...)`` for each input.
+        """
+        scores = [lambda output, s=selector: select_neuron(output, s) for selector in target_list(neuron_selectors)]
+
+        def differentiate(output: Any, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return many_gradients(output, xs, scores, targets_per_pass)
+
+        return self._attribute(
+            inputs, additional_forward_args, differentiate, self._to_layer(attribute_to_neuron_input)
+        )
+
+    def _to_layer(self, of_input: bool) -> Callable[..., Any]:
+        def forward(session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
+            session.expects_rectifier = False  # below a low layer there may rightly be none
+            seen = self._run_to_layer(xs, args, of_input, self._count_runs(xs, args))
+            assert seen, f"The layer {self.layer} did not run in this forward, so it has no neurons."
+            return seen[-1]
+
+        return forward
+
+    def _count_runs(self, xs: tuple[Tensor, ...], args: Any) -> int | None:
+        """How often a forward runs the layer, so that the last run can end it; None where that cannot be tried.
+
+        Counted once, with a single example. A model in training mode is not run for this: it would change.
+        """
+        if self._runs is None and not any(module.training for module in self.forward_func.modules()):
+            size = xs[0].shape[0] if xs[0].dim() else 0
+            whole = args is not None or any(x.dim() == 0 or x.shape[0] != size for x in xs)
+            one = tuple(x.detach() if whole else x.detach()[:1] for x in xs)
+            try:
+                with torch.no_grad():
+                    self._runs = len(self._run_to_layer(one, args, False, None)) or None
+            except Exception:
+                # The model does not bear a single example, or fails behind the layer: then no early end.
+                return None
+        return self._runs
+
+    def _run_to_layer(self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None) -> list[Any]:
+        """What the layer gave (or got) at each of its runs; the forward ends at run number ``last``."""
+        seen: list[Any] = []
+        thread = threading.get_ident()
+
+        def keep(value: Any) -> None:
+            if threading.get_ident() == thread:  # another thread's forward through the same model is not ours
+                seen.append(value)
+                if len(seen) == last:
+                    raise _Stop
+
+        if of_input:
+            handle = self.layer.register_forward_pre_hook(lambda _, got: keep(got[0] if len(got) == 1 else got))
+        else:
+            handle = self.layer.register_forward_hook(lambda _, got, gave: keep(gave))
+        try:
+            self.forward_func(*xs, *extra_args(args))
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return seen
+
+
+def check_module(model: Any) -> None:
+    assert isinstance(model, nn.Module), (
+        f"Given model must be an instance of torch.nn.Module to properly find its layers, but it is {type(model)}."
+    )
+
+
+def find_layer(model: nn.Module, layer: nn.Module | str) -> nn.Module:
+    """A layer given as a module or by its name in ``model.named_modules()``; ValueError for an unknown one."""
+    if isinstance(layer, nn.Module):
+        return layer
+    modules = dict(model.named_modules())
+    if not isinstance(layer, str) or layer not in modules:
+        names = ", ".join(name for name in modules if name)
+        raise ValueError(f"layer must be a module or a layer's name, but it is {layer!r}. The model's layers: {names}.")
+    return modules[layer]

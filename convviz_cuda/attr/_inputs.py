@@ -1,0 +1,159 @@
+"""What every method does with its arguments: inputs, targets and neuron selectors, with Captum's meanings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = Tensor | tuple[Tensor, ...]
+Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
+Selector = int | tuple[int | slice, ...] | Callable[[Any], Tensor]
+
+
+def as_tuple(inputs: Any) -> tuple[Tensor, ...]:
+    """The inputs as a tuple of tensors; AssertionError (Captum's) for anything but a tensor or a tuple of them."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    for tensor in tensors:
+        assert isinstance(tensor, Tensor), (
+            f"`inputs` must be a torch.Tensor or a tuple[torch.Tensor] but found: {type(tensor)}"
+        )
+    return tensors
+
+
+def extra_args(additional_forward_args: Any) -> tuple[Any, ...]:
+    if additional_forward_args is None:
+        return ()
+    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+
+
+def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Tensors to differentiate by, that share the inputs' memory (or hold it in a faster layout).
+
+    The caller's tensors keep their flags, whatever happens later. Convolutions on CPUs run up to twice as fast on
+    channels_last, so 32-bit and 16-bit images are turned once; :func:`restore` turns the result back.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("Attributions need autograd, which torch.inference_mode() turns off: use torch.no_grad().")
+    out = []
+    for index, tensor in enumerate(inputs):
+        if not tensor.is_floating_point():
+            raise TypeError(f"Input tensor {index} has the dtype {tensor.dtype}, which has no gradient.")
+        leaf = tensor.clone() if tensor.is_inference() else tensor.detach()
+        if leaf.dim() == 4 and leaf.device.type == "cpu" and leaf.dtype != torch.float64:
+            leaf = leaf.contiguous(memory_format=torch.channels_last)
+        out.append(leaf.requires_grad_())
+    return tuple(out)
+
+
+def restore(result: Tensor, like: Tensor) -> Tensor:
+    """``result`` (with any leading dims) in the memory layout of the input it belongs to."""
+    if result.dim() == like.dim() and like.dim() == 4:
+        last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+        return result.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return result.contiguous()
+
+
+def _is_int(value: Any) -> bool:
+    # Integers of NumPy and one-element tensors have __index__; booleans are no class indices.
+    return hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+
+
+def _column(output: Tensor, index: tuple[Any, ...]) -> Tensor:
+    assert len(index) <= output.dim() - 1, (
+        f"Cannot choose target column {index} with output shape {tuple(output.shape)}."
+    )
+    return output[(slice(None), *index)]
+
+
+def select_target(output: Tensor, target: Target) -> Tensor:
+    """The scores that a target names, one for each example (Captum's meanings).
+
+    An int (or a one-element integer tensor) is the class of all examples, a tuple a trailing index; a list of ints, a
+    1-D tensor or a list of tuples names one per example. Negative indices count from the end.
+
+    Raises AssertionError for a missing or ill-shaped target and IndexError for one out of range.
+    """
+    assert isinstance(output, Tensor), f"The forward function must return a tensor, but it returned {type(output)}."
+    if target is None:
+        assert output.dim() == 0 or output[:1].numel() <= 1, (
+            "Target not provided when necessary, cannot take gradient with respect to multiple outputs: "
+            f"the output has the shape {tuple(output.shape)}."
+        )
+        return output
+    if isinstance(target, Tensor):
+        assert not target.is_floating_point() and target.dtype != torch.bool, (
+            f"Tensor target must hold integers, but its dtype is {target.dtype}."
+        )
+        if target.numel() == 1:
+            target = int(target.item())
+        else:
+            assert target.dim() == 1 and output.dim() > 0 and target.numel() == output.shape[0], (
+                f"Tensor target dimension {tuple(target.shape)} is not valid for output shape {tuple(output.shape)}."
+            )
+            target = target.tolist()
+    assert output.dim() > 0, f"The output is a scalar, so it has no target {target!r}."
+    if _is_int(target):
+        selected = _column(output, (int(target),))
+    elif isinstance(target, tuple):
+        selected = _column(output, target)
+    elif isinstance(target, list):
+        assert len(target) == output.shape[0], (
+            f"Target list length does not match output! {len(target)} targets for output shape {tuple(output.shape)}."
+        )
+        rows = [(int(t),) if _is_int(t) else t for t in target]
+        assert all(isinstance(row, tuple) for row in rows), f"Target list must hold ints or tuples, not {target!r}."
+        if output.dim() == 2 and all(len(row) == 1 for row in rows):
+            columns = torch.tensor([row[0] for row in rows], device=output.device)
+            selected = output[torch.arange(len(rows), device=output.device), columns]
+        else:
+            assert all(len(row) == output.dim() - 1 for row in rows), (
+                f"Output must be 2D to select a list of ints; each target of output shape {tuple(output.shape)} "
+                f"must be a tuple of {output.dim() - 1} ints, but the targets are {target!r}."
+            )
+            selected = torch.stack([output[(i, *row)] for i, row in enumerate(rows)])
+    else:
+        raise AssertionError(f"Target type {type(target)} is not valid: {target!r}.")
+    assert selected[:1].numel() <= 1, (
+        "Target not provided when necessary, cannot take gradient with respect to multiple outputs: "
+        f"target {target!r} of output shape {tuple(output.shape)} leaves the shape {tuple(selected.shape)}."
+    )
+    return selected
+
+
+def target_list(targets: Any) -> list[Target]:
+    """The K targets of ``attribute_many``: a list or tuple of targets, or an integer tensor (K,) or (K, N)."""
+    if isinstance(targets, Tensor):
+        assert targets.dim() in (1, 2), (
+            f"targets must have the shape (K,) or (K, N), but they have the shape {tuple(targets.shape)}."
+        )
+        return [int(t) for t in targets.tolist()] if targets.dim() == 1 else [list(t) for t in targets.tolist()]
+    if isinstance(targets, str) or not isinstance(targets, Sequence | Iterable):
+        raise TypeError(f"targets must be a list of targets, but it is {targets!r}.")
+    return list(targets)
+
+
+def select_neuron(layer_output: Any, selector: Selector) -> Tensor:
+    """The activation that a selector names, one for each example: slices are summed, callables see the whole output."""
+    if callable(selector):
+        selected = selector(layer_output)
+        assert isinstance(selected, Tensor), f"The neuron selector must return a tensor, but returned {type(selected)}."
+        return selected
+    if isinstance(layer_output, tuple):
+        assert len(layer_output) == 1, (
+            "Cannot select neuron index from layer with multiple tensors, consider providing a neuron selector function."
+        )
+        layer_output = layer_output[0]
+    assert isinstance(layer_output, Tensor), f"The layer gave a {type(layer_output)}, which has no neurons to select."
+    index = (int(selector),) if _is_int(selector) else selector
+    assert isinstance(index, tuple), f"neuron_selector must be an int, a tuple or a callable, but it is {selector!r}."
+    selected = _column(layer_output, index)
+    if any(isinstance(part, slice) for part in index):
+        selected = selected.flatten(1).sum(1)
+    assert selected[:1].numel() <= 1, (
+        f"neuron_selector {selector!r} must name one neuron of each example, but in a layer output of the shape "
+        f"{tuple(layer_output.shape)} it leaves the shape {tuple(selected.shape)}."
+    )
+    return selected
