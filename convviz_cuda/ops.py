@@ -10,7 +10,9 @@ forward and are asked for by name, through ``rule=`` here or :func:`convviz_cuda
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+import operator
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -45,16 +47,22 @@ def pair(name: str, value: Pair, least: int) -> list[int]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if len(values) == 1:
         values = values * 2
-    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in values):
+    # NumPy's integers count; symbolic ones must stay what they are.
+    if len(values) != 2 or not all(hasattr(v, "__index__") and not isinstance(v, bool | Tensor) for v in values):
         raise TypeError(f"{name} must be an int or a pair of ints, but it is {value!r}.")
+    values = [v if isinstance(v, torch.SymInt) else operator.index(v) for v in values]
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}, but it is {value!r}.")
     return values
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, but it is a {type(tensor).__name__}.")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    _check_tensor(name, tensor)
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but it is {tensor.dtype}.")
 
@@ -65,19 +73,30 @@ def _check_images(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have the shape (N, C, H, W), but it has the shape {tuple(tensor.shape)}.")
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor itself where its memory has neither gaps nor overlaps, else a contiguous copy."""
-    return tensor if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor) else tensor.contiguous()
+def batch_outermost(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the first dim is the outermost in memory, so that K signals of one forward can follow each other."""
+    return next((dim == 0 for dim in reference.memory_order(size, stride) if size[dim] != 1), True)
 
 
-def _two_layouts(tensor: Tensor) -> Tensor:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's memory has neither gaps nor overlaps and its first dim is the outermost there."""
+    if tensor.is_contiguous() or reference.channels_last(tensor):
+        return True
+    return torch.ops.aten.is_non_overlapping_and_dense(tensor) and batch_outermost(tensor.shape, tensor.stride())
+
+
+def dense(tensor: Tensor) -> Tensor:
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def two_layouts(tensor: Tensor) -> Tensor:
     """The tensor itself where it is contiguous or channels_last, else a contiguous copy."""
     if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor
     return tensor.contiguous()
 
 
-def _pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair):
+def pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair):
     kernel = pair("kernel_size", kernel_size, 1)
     steps = kernel if stride is None or stride == [] or stride == () else pair("stride", stride, 1)
     pads, gaps = pair("padding", padding, 0), pair("dilation", dilation, 1)
@@ -90,7 +109,7 @@ def _pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilati
     return kernel, steps, pads, gaps
 
 
-def _pooled_shape(shape: Sequence[int], kernel, stride, padding, dilation, ceil_mode: bool) -> list[int]:
+def pooled_shape(shape: Sequence[int], kernel, stride, padding, dilation, ceil_mode: bool) -> list[int]:
     pooled = [
         reference.pooled_size(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
     ]
@@ -108,21 +127,17 @@ def _check_batch(grad_name: str, batch: int, forward: int) -> None:
 # Under vmap the new dim is moved in front of the batch and merged into it: K gradients share one forward.
 
 
-def _merge(tensor: Tensor, dim: int) -> Tensor:
-    return tensor.movedim(dim, 0).flatten(0, 1)
-
-
-def _vmap_grad_first(op_name: str):
-    """A vmap rule for ops whose first argument is the only one that may be batched (and has a batch dim)."""
+def _vmap_merged(op_name: str, fits: Callable[..., bool] = lambda grad, *rest: True):
+    """The vmap rule of an op whose first argument, with a batch dim in front, is the only one that is batched."""
 
     def rule(info, in_dims, grad, *rest):
         op = getattr(torch.ops.convviz, op_name).default
-        if in_dims[0] is not None and all(d is None or isinstance(d, list | tuple) for d in in_dims[1:]):
-            out = op(_merge(grad, in_dims[0]), *rest)
-            return out.unflatten(0, (info.batch_size, -1)) if out.numel() else out.reshape(
-                info.batch_size, out.shape[0] // info.batch_size, *out.shape[1:]
-            ), 0
-        return _vmap_loop(op, info, in_dims, (grad, *rest))
+        alone = in_dims[0] is not None and all(dim is None or isinstance(dim, list | tuple) for dim in in_dims[1:])
+        if not alone or grad.dim() < 2 or not fits(grad, *rest):
+            return _vmap_loop(op, info, in_dims, (grad, *rest))
+        signals = grad.movedim(in_dims[0], 0)
+        out = op(signals.reshape(signals.shape[0] * signals.shape[1], *signals.shape[2:]), *rest)
+        return out.reshape(*signals.shape[:2], *out.shape[1:]), 0
 
     return rule
 
@@ -213,7 +228,7 @@ relu_backward_op = define(
     _relu_backward_fake,
     setup_context=_relu_backward_context,
     backward=_relu_backward_grad,
-    vmap=_vmap_grad_first("relu_backward"),
+    vmap=_vmap_merged("relu_backward", lambda grad, mask, size, stride, rule: batch_outermost(size, stride)),
 )
 
 
@@ -233,13 +248,16 @@ def relu(x: Tensor, lower: float = 0.0, upper: float | None = None) -> tuple[Ten
     Differentiable (plain gradient) in ``x``, twice and more.
     """
     _check_float("x", x)
-    _check_bounds(lower, upper)
-    return relu_op(_dense(x), lower, upper)
+    return relu_op(dense(x), *_bounds(lower, upper))
 
 
-def _check_bounds(lower: float, upper: float | None) -> None:
-    if upper is not None and not lower <= upper:
+def _bounds(lower: float, upper: float | None) -> tuple[float, float | None]:
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if not isinstance(bound, numbers.Real) and not (name == "upper" and bound is None):
+            raise TypeError(f"{name} must be a number, but it is {bound!r}.")
+    if lower != lower or (upper is not None and not lower <= upper):
         raise ValueError(f"upper must be at least lower, but lower is {lower} and upper is {upper}.")
+    return float(lower), None if upper is None else float(upper)
 
 
 def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
@@ -248,12 +266,12 @@ def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
     Not differentiable: raises ValueError for an ``x`` that is part of a graph being recorded.
     """
     _check_float("x", x)
-    _check_bounds(lower, upper)
+    bounds = _bounds(lower, upper)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("relu_ is not differentiable, but x requires a gradient: use relu, or torch.no_grad().")
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         raise ValueError(f"relu_ needs a dense tensor, but x has the shape {tuple(x.shape)} and strides {x.stride()}.")
-    return relu_inplace_op(x, lower, upper)
+    return relu_inplace_op(x, *bounds)
 
 
 def relu_backward(
@@ -273,7 +291,10 @@ def relu_backward(
     """
     _check_float("grad", grad)
     code = rule_code(rule)
+    _check_tensor("mask", mask)
     size, stride = list(size), list(stride)
+    if len(size) != len(stride):
+        raise ValueError(f"size and stride must have the same length, but they are {size} and {stride}.")
     if grad.dim() != len(size) or list(grad.shape[1:]) != size[1:]:
         raise ValueError(
             f"grad must have the shape (K * {size[0] if size else 1}, *{tuple(size[1:])}), "
@@ -293,7 +314,7 @@ def relu_backward(
         if size[dim] != 1 and stride[dim] != expected and count:
             raise ValueError(f"size and stride must be those of a dense tensor, but they are {size} and {stride}.")
         expected *= size[dim]
-    if size and grad.shape[0] != size[0] and size[0] != 1 and order[0] != 0 and any(s != 1 for s in size[: order[0]]):
+    if size and grad.shape[0] != size[0] and not batch_outermost(size, stride):
         raise ValueError(f"Signals that share one forward need its first dim outermost in memory, not {stride}.")
     return relu_backward_op(grad, mask.contiguous(), size, stride, code)
 
@@ -302,7 +323,7 @@ def relu_backward(
 
 
 def _pool_fake(x, kernel, stride, padding, dilation, ceil_mode, relu):
-    shape = _pooled_shape(x.shape, kernel, stride, padding, dilation, ceil_mode)
+    shape = pooled_shape(x.shape, kernel, stride, padding, dilation, ceil_mode)
     out = x.new_empty(shape).contiguous(memory_format=reference.memory_format(x))
     return out, torch.empty_like(out, dtype=reference.switch_dtype(kernel))
 
@@ -359,7 +380,7 @@ switch_unpool2d_op = define(
     _unpool_fake,
     setup_context=_unpool_context,
     backward=_unpool_grad,
-    vmap=_vmap_grad_first("switch_unpool2d"),
+    vmap=_vmap_merged("switch_unpool2d"),
 )
 
 
@@ -389,14 +410,16 @@ def relu_max_pool2d(
     Differentiable (plain gradient) in ``x``, twice and more.
     """
     _check_images("x", x)
-    geometry = _pool_geometry(kernel_size, stride, padding, dilation)
-    shape = _pooled_shape(x.shape, *geometry, ceil_mode)
+    geometry = pool_geometry(kernel_size, stride, padding, dilation)
+    shape = pooled_shape(x.shape, *geometry, ceil_mode)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have at least one pixel, but it has the shape {tuple(x.shape)}.")
     if min(shape[2:]) < 1:
         raise ValueError(
             f"The input of {tuple(x.shape[2:])} is too small for kernel_size {kernel_size!r}: "
             f"the output would have the size {tuple(shape[2:])}."
         )
-    return relu_max_pool2d_op(_two_layouts(x), *geometry, bool(ceil_mode), bool(relu))
+    return relu_max_pool2d_op(two_layouts(x), *geometry, bool(ceil_mode), bool(relu))
 
 
 def switch_unpool2d(
@@ -426,10 +449,11 @@ def switch_unpool2d(
         ``(K * N, C, H, W)`` in the layout of ``switches``, zero where no switch points.
     """
     _check_images("grad", grad)
-    geometry = _pool_geometry(kernel_size, stride, padding, dilation)
+    geometry = pool_geometry(kernel_size, stride, padding, dilation)
     code = rule_code(rule)
     if overlap not in ("sum", "overwrite"):
         raise ValueError(f"overlap must be 'sum' or 'overwrite', but it is {overlap!r}.")
+    _check_tensor("switches", switches)
     if switches.dim() != 4 or switches.shape[1:] != grad.shape[1:] or switches.device != grad.device:
         raise ValueError(
             f"switches must match grad's shape {tuple(grad.shape)} in all but the first dim and its device "
@@ -453,7 +477,7 @@ def switch_unpool2d(
             f"Pooling an input of {tuple(size)} gives maps of {tuple(pooled[0])} (ceil_mode: {tuple(pooled[1])}), "
             f"but grad has maps of {tuple(grad.shape[2:])}."
         )
-    return switch_unpool2d_op(grad, _two_layouts(switches), size, *geometry, code, overlap == "overwrite")
+    return switch_unpool2d_op(grad, two_layouts(switches), size, *geometry, code, overlap == "overwrite")
 
 
 # ------------------------------------------------------------------------------ first layer and reduction
@@ -485,7 +509,7 @@ conv2d_input_grad_op = define(
     _input_grad_fake,
     setup_context=_input_grad_context,
     backward=_input_grad_grad,
-    vmap=_vmap_grad_first("conv2d_input_grad"),
+    vmap=_vmap_merged("conv2d_input_grad"),
 )
 
 
@@ -527,7 +551,7 @@ def conv2d_input_grad(
         raise ValueError(
             f"A convolution of a {tuple(size)} input gives maps of {tuple(expected)}, but grad has {tuple(grad.shape[2:])}."
         )
-    return conv2d_input_grad_op(_two_layouts(grad), weight, size, *geometry)
+    return conv2d_input_grad_op(two_layouts(grad), weight, size, *geometry)
 
 
 def _max_abs_context(ctx, inputs, output):
@@ -548,7 +572,7 @@ max_abs_channels_op = define(
     lambda x: x.new_empty((x.shape[0], *x.shape[2:])),
     setup_context=_max_abs_context,
     backward=_max_abs_grad,
-    vmap=_vmap_grad_first("max_abs_channels"),
+    vmap=_vmap_merged("max_abs_channels"),
 )
 
 
@@ -564,4 +588,4 @@ def max_abs_channels(x: Tensor) -> Tensor:
     _check_images("x", x)
     if x.shape[1] == 0:
         raise ValueError(f"x must have at least one channel, but it has the shape {tuple(x.shape)}.")
-    return max_abs_channels_op(_two_layouts(x))
+    return max_abs_channels_op(two_layouts(x))

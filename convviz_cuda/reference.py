@@ -131,7 +131,8 @@ def relu_max_pool2d(
         sizes = [pooled_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
         out = x.new_empty((*x.shape[:2], *sizes)).contiguous(memory_format=layout)
         return out, torch.empty_like(out, dtype=switch_dtype(kernel))
-    signal = F.relu(x) if relu else x
+    # Not F.relu, which lets -0.0 through: a closed element is +0.0 everywhere here.
+    signal = torch.where(x <= 0, torch.zeros((), dtype=x.dtype, device=x.device), x) if relu else x
     out, index = F.max_pool2d(signal, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     rows, columns = index // x.shape[3], index % x.shape[3]
     top, any_row = _window_positions(rows, out.shape[2], x.shape[2], kernel[0], stride[0], padding[0], dilation[0])

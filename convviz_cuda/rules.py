@@ -188,7 +188,7 @@ class _ReLU(Function):
             ctx.mark_dirty(x)
             mask, out = ops.relu_inplace_op(x, lower, upper), x
         else:
-            out, mask = ops.relu_op(ops._dense(x), lower, upper)
+            out, mask = ops.relu_op(ops.dense(x), lower, upper)
         ctx.session, ctx.size, ctx.stride = session, out.shape, out.stride()
         ctx.plain = lower == 0 and upper is None
         ctx.consumers, ctx.gated = 0, {}
@@ -219,7 +219,7 @@ class _MaxPool2d(Function):
     @staticmethod
     def forward(ctx, x, geometry, ceil_mode, session, relu_node):
         # On a ReLU's output every negative switch means "closed": the flag costs nothing and saves a pass later.
-        out, switches = ops.relu_max_pool2d_op(ops._two_layouts(x), *geometry, ceil_mode, relu_node is not None)
+        out, switches = ops.relu_max_pool2d_op(ops.two_layouts(x), *geometry, ceil_mode, relu_node is not None)
         ctx.session, ctx.geometry, ctx.size, ctx.relu_node = session, geometry, x.shape[2:], relu_node
         ctx.save_for_backward(switches)
         return out
@@ -278,14 +278,20 @@ class _BatchNormEval(Function):
     def forward(ctx, x, mean, var, weight, bias, eps):
         scale = torch.rsqrt(var + eps)
         ctx.save_for_backward(scale if weight is None else scale * weight)
-        ctx.dtype = x.dtype
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        out = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        ctx.layout = memory_format(out)
+        return out
 
     @staticmethod
     def backward(ctx, signal):
         (scale,) = ctx.saved_tensors
         scale = scale.view(-1, *[1] * (signal.dim() - 2))
-        return (signal * scale).to(ctx.dtype), None, None, None, None, None
+
+        def scaled(signal: Tensor) -> Tensor:
+            # The scale stays float32 beside 16-bit signals: rounded once, at the end.
+            return (_dense_as(signal, ctx.layout) * scale).to(signal.dtype)
+
+        return _per_signal(scaled, signal), None, None, None, None, None
 
 
 class _AvgPool2d(Function):
@@ -363,7 +369,10 @@ def _rectify(session, func, x, lower, upper, inplace, plain):
     session.rectifiers += 1
     if not _recorded(x):
         return plain()
-    if inplace and (x._is_view() or not torch.ops.aten.is_non_overlapping_and_dense(x)):
+    if x.dim() == 0:  # there is no batch in a scalar: give it one
+        out = _rectify(session, func, x.reshape(1), lower, upper, False, plain).reshape(())
+        return x.copy_(out) if inplace else out
+    if inplace and (x._is_view() or not ops.is_dense(x)):
         # A view's history is rewritten by copy_: the graph then knows which part of its base was rectified.
         return x.copy_(_rectify(session, func, x, lower, upper, False, plain))
     out = _ReLU.apply(x, lower, upper, session, inplace)
@@ -388,7 +397,10 @@ def _relu6(session, func, input, inplace=False):
 
 
 def _hardtanh(session, func, input, min_val=-1.0, max_val=1.0, inplace=False):
-    return _rectify(session, func, input, min_val, max_val, inplace, lambda: func(input, min_val, max_val, inplace))
+    def plain():
+        return func(input, min_val, max_val, *([inplace] if inplace else []))
+
+    return _rectify(session, func, input, min_val, max_val, inplace, plain)
 
 
 def _hardtanh_inplace(session, func, input, min_val=-1.0, max_val=1.0):
@@ -405,8 +417,8 @@ def _max_pool2d(
         return _max_pool2d(session, func, input[None], kernel_size, stride, padding, dilation, ceil_mode)[0]
     node = _relu_node(input)
     node = node if node is not None and node.plain else None
-    geometry = ops._pool_geometry(kernel_size, stride, padding, dilation)
-    if min(ops._pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
+    geometry = ops.pool_geometry(kernel_size, stride, padding, dilation)
+    if min(ops.pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
         return func(input, kernel_size, stride, padding, dilation, ceil_mode)  # raises PyTorch's own error
     return _MaxPool2d.apply(input, geometry, ceil_mode, session, node)
 
@@ -474,11 +486,23 @@ def _pair_or_none(value: Any) -> list[int | None]:
     return list(value) if isinstance(value, tuple | list) else [value, value]
 
 
+def _view(session, func, input, *size, **kwargs):
+    try:
+        return func(input, *size, **kwargs)
+    except RuntimeError:
+        # A method may have turned the images to channels_last, where a flattening view has to be a copy.
+        if kwargs or not size or isinstance(size[0], torch.dtype) or not channels_last(input):
+            raise
+        return input.reshape(*size)
+
+
 def _local_response_norm(session, func, input, size, alpha=1e-4, beta=0.75, k=1.0):
     if not _recorded(input) or input.dim() < 3 or size < 1:
         return func(input, size, alpha, beta, k)
     return _LocalResponseNorm.apply(input, size, alpha, beta, k, session)
 
+
+_aten = torch.ops.aten
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.relu: _relu,
@@ -505,6 +529,15 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     F.local_response_norm: _local_response_norm,
+    Tensor.view: _view,
+    # What the graphs of torch.export call:
+    _aten.relu.default: _relu_method,
+    _aten.relu_.default: _relu_inplace,
+    _aten.hardtanh.default: _hardtanh,
+    _aten.hardtanh_.default: _hardtanh_inplace,
+    _aten.max_pool2d.default: _max_pool2d,
+    _aten.conv2d.default: _conv2d,
+    _aten.linear.default: _affine,
 }
 
 # Calls that let a gradient be asked for at a tensor, though they return none.
