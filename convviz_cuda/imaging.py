@@ -1,8 +1,9 @@
 """Maps to colours: what a number looks like, and on which scale.
 
-Non-negative maps take a perceptually uniform colour table, signed maps a diverging one that is neutral exactly at
-0. A scale always starts at 0 (or is symmetric around it), so that pictures of the same limit can be compared;
-nothing is stretched from minimum to maximum. Everything here is NumPy; Matplotlib serves its colour tables only.
+Non-negative maps take a perceptually uniform colour table, signed maps a diverging one that is neutral
+exactly at 0. A scale always starts at 0 (or is symmetric around it), so that pictures of the same limit can
+be compared; nothing is stretched from minimum to maximum. Everything here is NumPy; Matplotlib serves its
+colour tables only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 UNSIGNED_TABLE = "inferno"
 SIGNED_TABLE = "RdBu_r"  # red above 0, blue below
+PLUS_MINUS = "\u00b1"
 NAN_COLOUR = (0, 200, 60)  # in neither table: a NaN must not pass for a value
 
 
@@ -27,35 +29,35 @@ def _table(name: str) -> np.ndarray:
 def reduce_channels(attribution: np.ndarray, signed: bool) -> np.ndarray:
     """One map [H, W], float64, from an attribution [C, H, W].
 
-    signed: the sum over channels, which keeps the sign and the total. Otherwise the largest magnitude, as Simonyan,
-    Vedaldi & Zisserman (2013), section 3, define the saliency of a colour image. NaN propagates.
+    signed: the sum over channels, which keeps the sign and the total. Otherwise the largest magnitude, as
+    Simonyan, Vedaldi & Zisserman (2013), section 3, define the saliency of a colour image. NaN propagates.
     """
     if attribution.ndim != 3:
-        raise ValueError(f"An attribution has the shape [C, H, W], but this one is {list(attribution.shape)}.")
+        raise ValueError(
+            f"An attribution has the shape [C, H, W], but this one is {list(attribution.shape)}."
+        )
     values = np.asarray(attribution, dtype=np.float64)
     return values.sum(0) if signed else np.abs(values).max(0)
 
 
 def colour_limit(values: np.ndarray, quantile: float = 0.995) -> float:
-    """The magnitude that gets the strongest colour: a quantile of |values|, since a few pixels dwarf the rest.
+    """The magnitude that gets the strongest colour: a quantile of |values|, since a few pixels dwarf others.
 
-    Infinities and NaN are left out. Where the quantile is 0 (sparse maps) it is the largest magnitude, and 1 where
-    that is 0 as well, so that the limit can always be divided by.
+    Zeros (most of the map of a unit), infinities and NaN are left out; 1 if nothing is left. ValueError
+    unless 0 < quantile <= 1.
     """
     if not 0.0 < quantile <= 1.0:
         raise ValueError(f"A quantile lies in (0, 1], but this one is {quantile}.")
     magnitudes = np.abs(np.asarray(values, dtype=np.float64))
-    magnitudes = magnitudes[np.isfinite(magnitudes)]
-    if magnitudes.size == 0:
-        return 1.0
-    return float(np.quantile(magnitudes, quantile)) or float(magnitudes.max()) or 1.0
+    magnitudes = magnitudes[np.isfinite(magnitudes) & (magnitudes > 0.0)]
+    return float(np.quantile(magnitudes, quantile)) if magnitudes.size else 1.0
 
 
 def colours(values: np.ndarray, limit: float, signed: bool) -> np.ndarray:
     """Colours, uint8 [..., 3], of values of any shape. Beyond the limit the last colour holds.
 
-    signed: -limit .. limit on the diverging table, 0 in its middle; otherwise 0 .. limit on the uniform table,
-    and what is below 0 looks like 0. Raises ValueError unless the limit is positive and finite.
+    signed: -limit .. limit on the diverging table, 0 in its middle; otherwise 0 .. limit on the uniform
+    table, and what is below 0 looks like 0. Raises ValueError unless the limit is positive and finite.
     """
     if not (limit > 0 and math.isfinite(limit)):
         raise ValueError(f"The limit of a colour scale is a positive number, but this one is {limit}.")
@@ -77,24 +79,33 @@ def signed_rgb(attribution: np.ndarray, limit: float) -> np.ndarray:
     How Zeiler & Fergus (2013), figure 2, show projections: the colours are those that drive the unit.
     """
     if attribution.ndim != 3 or attribution.shape[0] != 3:
-        raise ValueError(f"A picture takes an attribution [3, H, W], but this one is {list(attribution.shape)}.")
+        raise ValueError(
+            f"A picture takes an attribution [3, H, W], but this one is {list(attribution.shape)}."
+        )
     share = np.clip(np.asarray(attribution, dtype=np.float64).transpose(1, 2, 0) / limit, -1.0, 1.0)
     picture = np.rint(np.nan_to_num(share) * 127.0 + 128.0).astype(np.uint8)
     picture[np.isnan(share).any(-1)] = NAN_COLOUR
     return picture
 
 
-def overlay(picture: np.ndarray, values: np.ndarray, limit: float, signed: bool, strength: float = 0.9) -> np.ndarray:
-    """A map laid over its picture, uint8 [H, W, 3]: the stronger a value, the less of the picture shows through.
+def overlay(
+    picture: np.ndarray, values: np.ndarray, limit: float, signed: bool, strength: float = 0.9
+) -> np.ndarray:
+    """A map laid over its picture, uint8 [H, W, 3]: the stronger a value, the less of the picture shows
+    through.
 
-    picture: uint8 [H, W, 3], shown in pale grey (signed) or dark grey, so that every colour belongs to the map.
-    values: [H, W] of the same size. The opacity is ``strength * (|value| / limit) ** 0.5``, at most ``strength``;
-    at 0 the grey picture is left untouched. Raises ValueError if the sizes differ.
+    picture: uint8 [H, W, 3], shown in pale grey (signed) or dark grey, so that every colour belongs to the
+    map.
+    values: [H, W] of the same size. The opacity is ``strength * (|value| / limit) ** 0.5``, at most
+    ``strength``; at 0 the grey picture is left untouched. Raises ValueError if the sizes differ.
     """
     if picture.shape[:2] != values.shape:
-        raise ValueError(f"The map {list(values.shape)} does not cover the picture {list(picture.shape[:2])}.")
+        raise ValueError(
+            f"The map {list(values.shape)} does not cover the picture {list(picture.shape[:2])}."
+        )
     grey = picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
-    # Leaves room at the end where the colours of the table begin: white in the middle of the diverging one, black below.
+    # Leaves room at the end where the colours of the table begin: white in the middle of the diverging one,
+    # black below.
     grey = 255.0 - 0.6 * (255.0 - grey) if signed else 0.6 * grey
     share = np.clip(np.asarray(values, dtype=np.float64) / limit, -1.0 if signed else 0.0, 1.0)
     opacity = strength * np.sqrt(np.abs(share))
@@ -109,13 +120,15 @@ def number(value: float) -> str:
 
 
 def range_text(values: np.ndarray, limit: float, signed: bool) -> str:
-    """The caption of a map: its least and greatest value, and where the colours end if that is before."""
+    """The caption of a map: least and greatest value; on a second line where the colours end, if before."""
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
     if values.size == 0:
         return "NaN throughout"
     low, high = float(values.min()), float(values.max())
+    if low == high:
+        return f"{number(low)} everywhere"
     text = f"{number(low)} to {number(high)}"
     if max(abs(low), abs(high)) > limit * 1.001:
-        text += f", colours end at {'\u00b1' if signed else ''}{number(limit)}"
+        text += f"\ncolours end at {PLUS_MINUS if signed else ''}{number(limit)}"
     return text

@@ -271,7 +271,17 @@ def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
         raise ValueError("relu_ is not differentiable, but x requires a gradient: use relu, or torch.no_grad().")
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         raise ValueError(f"relu_ needs a dense tensor, but x has the shape {tuple(x.shape)} and strides {x.stride()}.")
-    return relu_inplace_op(x, *bounds)
+    return rectify_in_place(x, *bounds)
+
+
+def rectify_in_place(x: Tensor, lower: float, upper: float | None) -> Tensor:
+    """The bare op, and the count of changes by which autograd notices that a tensor it kept is no longer the same."""
+    counted = not x.is_inference()
+    version = x._version if counted else 0
+    mask = relu_inplace_op(x, lower, upper)
+    if counted and x._version == version:  # a native kernel writes to memory and tells nobody
+        torch.autograd.graph.increment_version(x)
+    return mask
 
 
 def relu_backward(

@@ -1,7 +1,7 @@
 """An image file to the input of a network: reading, resizing, cropping, normalising.
 
-The steps and roundings are those of torchvision's ``ImageClassification`` preset on a PIL image, so that weights
-trained for it see what they expect, without torchvision.
+The steps and roundings are those of torchvision's ``ImageClassification`` preset on a PIL image, so that
+weights trained for it see what they expect, without torchvision.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def open_image(path: str | Path) -> Image:
     """The picture in a file as a PIL image of mode RGB, upright (EXIF orientation is applied), first frame.
 
-    Transparent pixels are laid on white. 16-bit greyscale is divided down to 8 bits. Raises OSError for a file that
-    is missing, no image or cut short, ValueError for pixels that have no agreed range (32-bit integers, floats).
+    Transparent pixels are laid on white. 16-bit greyscale is divided down to 8 bits. Raises OSError for a
+    file that is missing, no image or cut short, ValueError for pixels that have no agreed range (32-bit
+    integers, floats).
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -39,7 +40,7 @@ def open_image(path: str | Path) -> Image:
         raise OSError(f"{path.name} is not an image in a format that Pillow reads.") from error
     except Image.DecompressionBombError as error:
         raise OSError(f"{path.name} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what decoders raise for damaged files
         raise OSError(f"{path.name} is damaged or cut short ({error}).") from error
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, path.name)
@@ -55,10 +56,10 @@ def _eight_bits(image: Image, name: str) -> Image:
 
     pixels = np.asarray(image)
     # Older Pillows open 16-bit PNG as 32-bit integers.
-    if image.mode == "F" or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 65535:
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(
-            f"{name} has pixels of Pillow's mode {image.mode} with values {pixels.min()} to {pixels.max()}, of which "
-            "nothing says what white is; save it with 8 or 16 bits."
+            f"{name} has values of {pixels.min()} to {pixels.max()} (Pillow's mode {image.mode}), of which "
+            "nothing says what is white; save it with 8 or 16 bits."
         )
     return images.fromarray(np.rint(pixels.astype(np.float64) / 257.0).astype(np.uint8))
 

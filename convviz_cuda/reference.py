@@ -233,15 +233,25 @@ def conv2d_input_grad(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> Tensor:
-    # The data gradient needs the input's shape only: one element, expanded, stands for it.
     shape = (grad.shape[0], weight.shape[1] * groups, *size)
     layout = memory_format(grad)
     if 0 in (*shape, *grad.shape):
         return grad.new_zeros(shape).contiguous(memory_format=layout)
+    # The data gradient asks its input for the shape and the layout only. Memory that nobody touches costs nothing
+    # on the host; on a GPU one expanded element stands for it and the weight alone tells the layout.
+    if grad.device.type == "cpu":
+        like = torch.empty(shape, dtype=grad.dtype, memory_format=layout)
+    else:
+        like = grad.new_empty(()).expand(shape)
+        weight = weight.contiguous(memory_format=layout)
+        if layout == torch.channels_last:  # of a 1x1 filter both layouts hold, and contiguous() changes nothing
+            per_pixel = weight.shape[1]
+            strides = (per_pixel * weight[0, 0].numel(), 1, per_pixel * weight.shape[3], per_pixel)
+            weight = weight.as_strided(weight.shape, strides)
     data = torch.ops.aten.convolution_backward(
         grad,
-        grad.new_empty(()).expand(shape),
-        weight.contiguous(memory_format=layout),
+        like,
+        weight,
         None,
         stride,
         padding,

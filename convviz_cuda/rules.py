@@ -186,7 +186,7 @@ class _ReLU(Function):
     def forward(ctx, x, lower, upper, session, inplace):
         if inplace:
             ctx.mark_dirty(x)
-            mask, out = ops.relu_inplace_op(x, lower, upper), x
+            mask, out = ops.rectify_in_place(x, lower, upper), x
         else:
             out, mask = ops.relu_op(ops.dense(x), lower, upper)
         ctx.session, ctx.size, ctx.stride = session, out.shape, out.stride()

@@ -176,7 +176,8 @@ def _faceted_star(p, light, dark, third, rng):
     ex, ey = inner * math.cos(math.pi / 5) - 1.0, inner * math.sin(math.pi / 5)
     p.rgb[:] = light
     p.paint(y, dark)  # each arm has a lit and a dark facet
-    return ((1.0 - x) * ey + np.abs(y) * ex) / math.hypot(ex, ey) * -1.0
+    edge = ((x - 1.0) * ey - np.abs(y) * ex) / math.hypot(ex, ey)
+    return np.maximum(edge, r - 0.98)  # blunt: beyond a sharp tip the distance to its edges stays small
 
 
 def _cratered_crescent(p, light, dark, third, rng):

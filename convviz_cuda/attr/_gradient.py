@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -229,7 +230,8 @@ class NeuronAttribution(GradientAttribution):
     def _to_layer(self, of_input: bool) -> Callable[..., Any]:
         def forward(session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
             session.expects_rectifier = False  # below a low layer there may rightly be none
-            seen = self._run_to_layer(xs, args, of_input, self._count_runs(xs, args))
+            seen: list[Any] = []
+            self._run_to_layer(xs, args, of_input, self._count_runs(xs, args), seen)
             assert seen, f"The layer {self.layer} did not run in this forward, so it has no neurons."
             return seen[-1]
 
@@ -243,18 +245,17 @@ class NeuronAttribution(GradientAttribution):
         if self._runs is None and not any(module.training for module in self.forward_func.modules()):
             size = xs[0].shape[0] if xs[0].dim() else 0
             whole = args is not None or any(x.dim() == 0 or x.shape[0] != size for x in xs)
-            one = tuple(x.detach() if whole else x.detach()[:1] for x in xs)
-            try:
-                with torch.no_grad():
-                    self._runs = len(self._run_to_layer(one, args, False, None)) or None
-            except Exception:
-                # The model does not bear a single example, or fails behind the layer: then no early end.
-                return None
+            seen: list[Any] = []
+            # Whatever fails behind the layer (a model that does not bear a single example, say) fails unseen.
+            with torch.no_grad(), contextlib.suppress(Exception):
+                self._run_to_layer(tuple(x.detach() if whole else x.detach()[:1] for x in xs), args, False, None, seen)
+            self._runs = len(seen) or None
         return self._runs
 
-    def _run_to_layer(self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None) -> list[Any]:
-        """What the layer gave (or got) at each of its runs; the forward ends at run number ``last``."""
-        seen: list[Any] = []
+    def _run_to_layer(
+        self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None, seen: list[Any]
+    ) -> None:
+        """Collects what the layer gave (or got) at each of its runs; the forward ends at run number ``last``."""
         thread = threading.get_ident()
 
         def keep(value: Any) -> None:
@@ -273,7 +274,6 @@ class NeuronAttribution(GradientAttribution):
             pass
         finally:
             handle.remove()
-        return seen
 
 
 def check_module(model: Any) -> None:
