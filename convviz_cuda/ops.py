@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -47,10 +46,12 @@ def pair(name: str, value: Pair, least: int) -> list[int]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if len(values) == 1:
         values = values * 2
-    # NumPy's integers count; symbolic ones must stay what they are.
-    if len(values) != 2 or not all(hasattr(v, "__index__") and not isinstance(v, bool | Tensor) for v in values):
+    if len(values) != 2 or any(
+        isinstance(v, bool) or not isinstance(v, int | torch.SymInt | numbers.Integral) for v in values
+    ):
         raise TypeError(f"{name} must be an int or a pair of ints, but it is {value!r}.")
-    values = [v if isinstance(v, torch.SymInt) else operator.index(v) for v in values]
+    # NumPy's integers become Python's; symbolic ones stay what they are.
+    values = [v if isinstance(v, int | torch.SymInt) else int(v) for v in values]
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}, but it is {value!r}.")
     return values
@@ -75,14 +76,24 @@ def _check_images(name: str, tensor: Tensor) -> None:
 
 def batch_outermost(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the first dim is the outermost in memory, so that K signals of one forward can follow each other."""
-    return next((dim == 0 for dim in reference.memory_order(size, stride) if size[dim] != 1), True)
+    return not size or size[0] == 1 or next(d for d in reference.memory_order(size, stride) if size[d] != 1) == 0
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor's memory has neither gaps nor overlaps and its first dim is the outermost there."""
     if tensor.is_contiguous() or reference.channels_last(tensor):
         return True
-    return torch.ops.aten.is_non_overlapping_and_dense(tensor) and batch_outermost(tensor.shape, tensor.stride())
+    return _gapless(tensor.shape, tensor.stride()) and batch_outermost(tensor.shape, tensor.stride())
+
+
+def _gapless(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether sizes and strides describe memory without gaps and overlaps, in any order of the dims."""
+    expected = 1
+    for dim in reversed(reference.memory_order(size, stride)):
+        if size[dim] != 1 and stride[dim] != expected:
+            return False
+        expected *= size[dim]
+    return True
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -91,9 +102,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 def two_layouts(tensor: Tensor) -> Tensor:
     """The tensor itself where it is contiguous or channels_last, else a contiguous copy."""
-    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.contiguous()
+    return tensor if tensor.is_contiguous() or reference.channels_last(tensor) else tensor.contiguous()
 
 
 def pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair):
@@ -241,7 +250,8 @@ def relu(x: Tensor, lower: float = 0.0, upper: float | None = None) -> tuple[Ten
         upper: values at or above it become ``upper`` and are closed too; None for no bound.
 
     Returns:
-        ``(out, mask)``: ``out`` with the strides of ``x``; ``mask`` uint8 ``(ceil(numel / 8),)``, element i in
+        ``(out, mask)``: ``out`` with the strides of ``x`` (contiguous where those leave gaps, or where the first dim is
+        not the outermost in memory); ``mask`` uint8 ``(ceil(numel / 8),)``, element i in
         memory order of ``out`` is bit ``i % 8`` of byte ``i // 8``; set where the element is open. NaN stays NaN
         and is open, as in PyTorch.
 
@@ -269,7 +279,7 @@ def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
     bounds = _bounds(lower, upper)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("relu_ is not differentiable, but x requires a gradient: use relu, or torch.no_grad().")
-    if not torch.ops.aten.is_non_overlapping_and_dense(x):
+    if x.numel() and not _gapless(x.shape, x.stride()):
         raise ValueError(f"relu_ needs a dense tensor, but x has the shape {tuple(x.shape)} and strides {x.stride()}.")
     return rectify_in_place(x, *bounds)
 
@@ -318,12 +328,8 @@ def relu_backward(
             f"mask must be uint8 of {(count + 7) // 8} bytes on {grad.device}, "
             f"but it is {mask.dtype} of the shape {tuple(mask.shape)} on {mask.device}."
         )
-    order = reference.memory_order(size, stride)
-    expected = 1
-    for dim in reversed(order):
-        if size[dim] != 1 and stride[dim] != expected and count:
-            raise ValueError(f"size and stride must be those of a dense tensor, but they are {size} and {stride}.")
-        expected *= size[dim]
+    if count and not _gapless(size, stride):
+        raise ValueError(f"size and stride must be those of a dense tensor, but they are {size} and {stride}.")
     if size and grad.shape[0] != size[0] and not batch_outermost(size, stride):
         raise ValueError(f"Signals that share one forward need its first dim outermost in memory, not {stride}.")
     return relu_backward_op(grad, mask.contiguous(), size, stride, code)

@@ -43,7 +43,12 @@ def batched_stride(size: Sequence[int], stride: Sequence[int], batch: int) -> li
 
 def channels_last(like: Tensor) -> bool:
     """Whether a tensor is laid out as channels_last (where both layouts hold, it counts as contiguous)."""
-    return like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    if like.dim() != 4 or like.is_contiguous():
+        return False
+    # Spelled out, because a tensor under vmap does not answer is_contiguous(memory_format=...).
+    _, channels, height, width = like.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return all(size == 1 or have == want for size, have, want in zip(like.shape, like.stride(), strides, strict=True))
 
 
 def memory_format(like: Tensor) -> torch.memory_format:
@@ -220,7 +225,8 @@ def switch_gather2d(
     if rule == GRADIENT:
         shut = shut | (switches < 0)
     index = (row * values.shape[3] + column).masked_fill(shut, 0)
-    read = values.flatten(2).gather(2, index.flatten(2)).view(switches.shape)
+    flat = (*switches.shape[:2], -1)
+    read = values.reshape(*values.shape[:2], -1).gather(2, index.reshape(flat)).reshape(switches.shape)
     return torch.where(shut, torch.zeros((), dtype=values.dtype, device=values.device), read)
 
 
@@ -233,6 +239,9 @@ def conv2d_input_grad(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> Tensor:
+    if grad.dtype == torch.float16 and grad.device.type == "cpu":  # PyTorch rounds partial sums to float16 there
+        data = conv2d_input_grad(grad.float(), weight.float(), size, stride, padding, dilation, groups)
+        return data.to(grad.dtype)
     shape = (grad.shape[0], weight.shape[1] * groups, *size)
     layout = memory_format(grad)
     if 0 in (*shape, *grad.shape):
