@@ -20,118 +20,29 @@ from torch import Tensor
 
 from . import reference
 from ._register import define
+from .checks import (
+    Pair,
+    batch_outermost,
+    check_batch,
+    check_float,
+    check_images,
+    check_tensor,
+    dense,
+    gapless,
+    pair,
+    pool_geometry,
+    pooled_shape,
+    rule_code,
+    two_layouts,
+)
 from .reference import GRADIENT, IDENTITY, RULES
 
 Rule = Literal["identity", "gradient", "deconvnet", "guided"]
-Pair = int | Sequence[int]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The most input channels for which conv2d_input_grad has a kernel; libraries do well from there on.
 FEW_CHANNELS = 4
 
 
-# ---------------------------------------------------------------------------------------------- checks
-
-
-def rule_code(rule: str) -> int:
-    """The code of a rule in the ops' schemas; ValueError for an unknown name."""
-    try:
-        return RULES[rule]
-    except (KeyError, TypeError):
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, but it is {rule!r}.") from None
-
-
-def pair(name: str, value: Pair, least: int) -> list[int]:
-    """An int or two ints as [vertical, horizontal], each at least ``least``."""
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if len(values) == 1:
-        values = values * 2
-    if len(values) != 2 or any(
-        isinstance(v, bool) or not isinstance(v, int | torch.SymInt | numbers.Integral) for v in values
-    ):
-        raise TypeError(f"{name} must be an int or a pair of ints, but it is {value!r}.")
-    # NumPy's integers become Python's; symbolic ones stay what they are.
-    values = [v if isinstance(v, int | torch.SymInt) else int(v) for v in values]
-    if min(values) < least:
-        raise ValueError(f"{name} must be at least {least}, but it is {value!r}.")
-    return values
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, but it is a {type(tensor).__name__}.")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    _check_tensor(name, tensor)
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, but it is {tensor.dtype}.")
-
-
-def _check_images(name: str, tensor: Tensor) -> None:
-    _check_float(name, tensor)
-    if tensor.dim() != 4:
-        raise ValueError(f"{name} must have the shape (N, C, H, W), but it has the shape {tuple(tensor.shape)}.")
-
-
-def batch_outermost(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether the first dim is the outermost in memory, so that K signals of one forward can follow each other."""
-    return not size or size[0] == 1 or next(d for d in reference.memory_order(size, stride) if size[d] != 1) == 0
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's memory has neither gaps nor overlaps and its first dim is the outermost there."""
-    if tensor.is_contiguous() or reference.channels_last(tensor):
-        return True
-    return _gapless(tensor.shape, tensor.stride()) and batch_outermost(tensor.shape, tensor.stride())
-
-
-def _gapless(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether sizes and strides describe memory without gaps and overlaps, in any order of the dims."""
-    expected = 1
-    for dim in reversed(reference.memory_order(size, stride)):
-        if size[dim] != 1 and stride[dim] != expected:
-            return False
-        expected *= size[dim]
-    return True
-
-
-def dense(tensor: Tensor) -> Tensor:
-    return tensor if is_dense(tensor) else tensor.contiguous()
-
-
-def two_layouts(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is contiguous or channels_last, else a contiguous copy."""
-    return tensor if tensor.is_contiguous() or reference.channels_last(tensor) else tensor.contiguous()
-
-
-def pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair):
-    kernel = pair("kernel_size", kernel_size, 1)
-    steps = kernel if stride is None or stride == [] or stride == () else pair("stride", stride, 1)
-    pads, gaps = pair("padding", padding, 0), pair("dilation", dilation, 1)
-    for k, p, d in zip(kernel, pads, gaps, strict=True):
-        if p > ((k - 1) * d + 1) // 2:
-            raise ValueError(
-                f"padding must be at most half of the window's extent, but it is {padding!r} "
-                f"for kernel_size {kernel_size!r} and dilation {dilation!r}."
-            )
-    return kernel, steps, pads, gaps
-
-
-def pooled_shape(shape: Sequence[int], kernel, stride, padding, dilation, ceil_mode: bool) -> list[int]:
-    pooled = [
-        reference.pooled_size(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
-    ]
-    return [*shape[:2], *pooled]
-
-
-def _check_batch(grad_name: str, batch: int, forward: int) -> None:
-    if batch != forward and (forward == 0 or batch % forward):
-        raise ValueError(
-            f"{grad_name} must have a multiple of the forward's {forward} examples in its first dimension, "
-            f"but it has {batch}."
-        )
-
+# -------------------------------------------------------------------------------------------------- vmap
 
 # Under vmap the new dim is moved in front of the batch and merged into it: K gradients share one forward.
 
@@ -257,7 +168,7 @@ def relu(x: Tensor, lower: float = 0.0, upper: float | None = None) -> tuple[Ten
 
     Differentiable (plain gradient) in ``x``, twice and more.
     """
-    _check_float("x", x)
+    check_float("x", x)
     return relu_op(dense(x), *_bounds(lower, upper))
 
 
@@ -275,11 +186,11 @@ def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
 
     Not differentiable: raises ValueError for an ``x`` that is part of a graph being recorded.
     """
-    _check_float("x", x)
+    check_float("x", x)
     bounds = _bounds(lower, upper)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("relu_ is not differentiable, but x requires a gradient: use relu, or torch.no_grad().")
-    if x.numel() and not _gapless(x.shape, x.stride()):
+    if x.numel() and not gapless(x.shape, x.stride()):
         raise ValueError(f"relu_ needs a dense tensor, but x has the shape {tuple(x.shape)} and strides {x.stride()}.")
     return rectify_in_place(x, *bounds)
 
@@ -309,9 +220,9 @@ def relu_backward(
     Returns:
         The gated signal, shaped as ``grad``, in the layout of ``stride``.
     """
-    _check_float("grad", grad)
+    check_float("grad", grad)
     code = rule_code(rule)
-    _check_tensor("mask", mask)
+    check_tensor("mask", mask)
     size, stride = list(size), list(stride)
     if len(size) != len(stride):
         raise ValueError(f"size and stride must have the same length, but they are {size} and {stride}.")
@@ -321,14 +232,14 @@ def relu_backward(
             f"but it has the shape {tuple(grad.shape)}."
         )
     if size:
-        _check_batch("grad", grad.shape[0], size[0])
+        check_batch("grad", grad.shape[0], size[0])
     count = math.prod(size)
     if mask.dtype != torch.uint8 or mask.dim() != 1 or mask.numel() != (count + 7) // 8 or mask.device != grad.device:
         raise ValueError(
             f"mask must be uint8 of {(count + 7) // 8} bytes on {grad.device}, "
             f"but it is {mask.dtype} of the shape {tuple(mask.shape)} on {mask.device}."
         )
-    if count and not _gapless(size, stride):
+    if count and not gapless(size, stride):
         raise ValueError(f"size and stride must be those of a dense tensor, but they are {size} and {stride}.")
     if size and grad.shape[0] != size[0] and not batch_outermost(size, stride):
         raise ValueError(f"Signals that share one forward need its first dim outermost in memory, not {stride}.")
@@ -425,7 +336,7 @@ def relu_max_pool2d(
 
     Differentiable (plain gradient) in ``x``, twice and more.
     """
-    _check_images("x", x)
+    check_images("x", x)
     geometry = pool_geometry(kernel_size, stride, padding, dilation)
     shape = pooled_shape(x.shape, *geometry, ceil_mode)
     if 0 in x.shape[2:]:
@@ -464,18 +375,18 @@ def switch_unpool2d(
     Returns:
         ``(K * N, C, H, W)`` in the layout of ``switches``, zero where no switch points.
     """
-    _check_images("grad", grad)
+    check_images("grad", grad)
     geometry = pool_geometry(kernel_size, stride, padding, dilation)
     code = rule_code(rule)
     if overlap not in ("sum", "overwrite"):
         raise ValueError(f"overlap must be 'sum' or 'overwrite', but it is {overlap!r}.")
-    _check_tensor("switches", switches)
+    check_tensor("switches", switches)
     if switches.dim() != 4 or switches.shape[1:] != grad.shape[1:] or switches.device != grad.device:
         raise ValueError(
             f"switches must match grad's shape {tuple(grad.shape)} in all but the first dim and its device "
             f"{grad.device}, but they have the shape {tuple(switches.shape)} on {switches.device}."
         )
-    _check_batch("grad", grad.shape[0], switches.shape[0])
+    check_batch("grad", grad.shape[0], switches.shape[0])
     if switches.dtype != reference.switch_dtype(geometry[0]):
         raise TypeError(
             f"switches of {kernel_size!r} windows are {reference.switch_dtype(geometry[0])}, but these are {switches.dtype}."
@@ -545,8 +456,8 @@ def conv2d_input_grad(
 
     Raises ValueError for more than 4 input channels: use :func:`torch.nn.grad.conv2d_input` there.
     """
-    _check_images("grad", grad)
-    _check_images("weight", weight)
+    check_images("grad", grad)
+    check_images("weight", weight)
     if weight.dtype != grad.dtype or weight.device != grad.device:
         raise TypeError(
             f"weight must be {grad.dtype} on {grad.device} as grad is, but it is {weight.dtype} on {weight.device}."
@@ -601,7 +512,7 @@ def max_abs_channels(x: Tensor) -> Tensor:
     Returns:
         ``(N, H, W)``; a NaN in any channel gives NaN. Differentiable once.
     """
-    _check_images("x", x)
+    check_images("x", x)
     if x.shape[1] == 0:
         raise ValueError(f"x must have at least one channel, but it has the shape {tuple(x.shape)}.")
     return max_abs_channels_op(two_layouts(x))

@@ -27,11 +27,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from . import ops
-from .reference import DECONVNET, IDENTITY, RULES, channels_last, memory_format
+from . import checks, nodes
+from .reference import RULES, channels_last
 
 BACKWARD_RULES = ("gradient", "deconvnet", "guided")
 _TLS_KEY = "convviz_cuda.backward_rule"
@@ -101,6 +100,10 @@ class backward_rule(TorchFunctionMode):  # noqa: N801 - reads as a function in a
                 "traced or compiled modules cannot be looked into, and clamp(min=0) or F.threshold is no ReLU here."
             )
 
+    def rule_now(self) -> int:
+        """The code of the rule that a backward follows: the innermost context's, outside of all this one's."""
+        return RULES[(_innermost() or self).rule]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":  # shape, dtype, is_cuda...: nothing flows
@@ -118,10 +121,6 @@ def _innermost() -> backward_rule | None:
     return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
 
 
-def _rule_now(recorded: backward_rule) -> int:
-    return RULES[(_innermost() or recorded).rule]
-
-
 def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
@@ -137,222 +136,9 @@ def _tensors(value: Any):
         yield from _tensors(tuple(value.values()))
 
 
-# ------------------------------------------------------------------------------- batches of signals (vmap)
-
-
-def _unwrapped(signal: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """``(plain, wrap)`` of a vmap wrapper with its batched dim in front, None for a plain tensor.
-
-    There are two kinds: those of :func:`torch.func.vmap` and the older ones of ``autograd.grad(is_grads_batched=True)``.
-    """
-    functorch = torch._C._functorch
-    if functorch.is_batchedtensor(signal):
-        level, dim = functorch.maybe_get_level(signal), functorch.maybe_get_bdim(signal)
-        return functorch.get_unwrapped(signal).movedim(dim, 0), lambda out: functorch._add_batch_dim(out, 0, level)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    if level > 0 and "Batched" in torch._C._dispatch_key_set(signal):
-        return torch._remove_batch_dim(signal, level, 1, 0), lambda out: torch._add_batch_dim(out, 0, level)
-    return None
-
-
-def _per_signal(function: Callable[[Tensor], Tensor], signal: Tensor) -> Tensor:
-    """``function`` of a plain ``(K * N, ...)`` signal, also where K signals come through one graph by vmap.
-
-    A wrapper's layout cannot be asked for, and cuDNN and oneDNN want one batch: so it is unwrapped, merged and wrapped
-    again, and all nodes share what one forward kept between the K signals.
-    """
-    found = _unwrapped(signal)
-    if found is None:
-        return function(signal)
-    plain, wrap = found
-    merged = plain.reshape(plain.shape[0] * plain.shape[1], *plain.shape[2:])
-    out = _per_signal(function, merged)
-    return wrap(out.reshape(plain.shape[0], plain.shape[1], *out.shape[1:]))
-
-
-def _dense_as(signal: Tensor, layout: torch.memory_format) -> Tensor:
-    """The signal in the layout of the forward's output: what convolutions want, and expanded sums become real."""
-    return signal.contiguous(memory_format=layout) if signal.dim() == 4 else signal.contiguous()
-
-
-# ------------------------------------------------------------------------------------------------- nodes
-
-
-class _ReLU(Function):
-    """ReLU, ReLU6 and hardtanh. ``gated`` carries the signal that a pooling above has gated already."""
-
-    @staticmethod
-    def forward(ctx, x, lower, upper, session, inplace):
-        if inplace:
-            ctx.mark_dirty(x)
-            mask, out = ops.rectify_in_place(x, lower, upper), x
-        else:
-            out, mask = ops.relu_op(ops.dense(x), lower, upper)
-        ctx.session, ctx.size, ctx.stride = session, out.shape, out.stride()
-        ctx.plain = lower == 0 and upper is None
-        ctx.consumers, ctx.gated = 0, {}
-        ctx.save_for_backward(mask)
-        return out
-
-    @staticmethod
-    def backward(ctx, signal):
-        fused = ctx.gated.pop(torch._C._current_graph_task_id(), None)
-        if fused is not None:
-            gated, ungated = fused
-            if signal is gated:
-                return signal, None, None, None, None
-            # Somebody read the ReLU's output out of the mode's sight (a custom Function): put back what was gated.
-            signal = signal + (ungated() - gated)
-        (mask,) = ctx.saved_tensors
-        rule = _rule_now(ctx.session)
-
-        def gate(merged: Tensor) -> Tensor:
-            return ops.relu_backward_op(merged, mask, ctx.size, ctx.stride, rule)
-
-        return _per_signal(gate, signal), None, None, None, None
-
-
-class _MaxPool2d(Function):
-    """Max pooling with switches; gates for the ReLU below where it is that ReLU's only reader."""
-
-    @staticmethod
-    def forward(ctx, x, geometry, ceil_mode, session, relu_node):
-        # On a ReLU's output every negative switch means "closed": the flag costs nothing and saves a pass later.
-        out, switches = ops.relu_max_pool2d_op(ops.two_layouts(x), *geometry, ceil_mode, relu_node is not None)
-        ctx.session, ctx.geometry, ctx.size, ctx.relu_node = session, geometry, x.shape[2:], relu_node
-        ctx.save_for_backward(switches)
-        return out
-
-    @staticmethod
-    def backward(ctx, signal):
-        (switches,) = ctx.saved_tensors
-
-        def unpool(rule: int) -> Tensor:
-            def through(merged: Tensor) -> Tensor:
-                return ops.switch_unpool2d_op(merged, switches, ctx.size, *ctx.geometry, rule, False)
-
-            return _per_signal(through, signal)
-
-        node = ctx.relu_node
-        # The ReLU's output must be gone (nobody can ask for the gradient there) and read by this pooling alone:
-        # gating one part of a sum and then adding is another number. A graph being recorded keeps its plain form.
-        fused = node is not None and node.consumers == 1 and node.output() is None and not torch.is_grad_enabled()
-        if not fused:
-            return unpool(IDENTITY), None, None, None, None
-        gated = unpool(_rule_now(ctx.session))
-        node.gated[torch._C._current_graph_task_id()] = gated, lambda: unpool(IDENTITY)
-        return gated, None, None, None, None
-
-
-class _Conv2d(Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
-        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        ctx.size, ctx.geometry, ctx.groups = x.shape[2:], (stride, padding, dilation), groups
-        ctx.layout, ctx.dtype = memory_format(out), x.dtype
-        ctx.save_for_backward(weight)
-        return out
-
-    @staticmethod
-    def backward(ctx, signal):
-        (weight,) = ctx.saved_tensors
-
-        def data_gradient(signal: Tensor) -> Tensor:
-            signal = _dense_as(signal, ctx.layout)
-            kernel = ops.conv2d_input_grad_op if ctx.groups == 1 and _few_channels(signal, weight) else None
-            arguments = (signal, weight.to(signal.dtype), ctx.size, *ctx.geometry)
-            data = kernel(*arguments) if kernel else ops.reference.conv2d_input_grad(*arguments, ctx.groups)
-            return data.to(ctx.dtype)
-
-        return _per_signal(data_gradient, signal), *[None] * 6
-
-
-def _few_channels(signal: Tensor, weight: Tensor) -> bool:
-    """Where our data gradient is the faster one: see benchmarks/test_ops.py, group conv2d_input_grad."""
-    return weight.shape[1] <= ops.FEW_CHANNELS and signal.device.type == "cpu" and channels_last(signal)
-
-
-class _BatchNormEval(Function):
-    @staticmethod
-    def forward(ctx, x, mean, var, weight, bias, eps):
-        scale = torch.rsqrt(var + eps)
-        ctx.save_for_backward(scale if weight is None else scale * weight)
-        out = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-        ctx.layout = memory_format(out)
-        return out
-
-    @staticmethod
-    def backward(ctx, signal):
-        (scale,) = ctx.saved_tensors
-        scale = scale.view(-1, *[1] * (signal.dim() - 2))
-
-        def scaled(signal: Tensor) -> Tensor:
-            # The scale stays float32 beside 16-bit signals: rounded once, at the end.
-            return (_dense_as(signal, ctx.layout) * scale).to(signal.dtype)
-
-        return _per_signal(scaled, signal), None, None, None, None, None
-
-
-class _AvgPool2d(Function):
-    """Average and adaptive average pooling: linear, so only the input's shape matters."""
-
-    @staticmethod
-    def forward(ctx, x, pool, backward, arguments):
-        out = pool(x, *arguments)
-        ctx.backward, ctx.arguments = backward, arguments
-        ctx.shape, ctx.layout, ctx.dtype = x.shape, memory_format(x), x.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx, signal):
-        def spread(signal: Tensor) -> Tensor:
-            signal = _dense_as(signal, ctx.layout)
-            shape = (signal.shape[0], *ctx.shape[1:])
-            # The backward op asks its input for the shape and the layout only.
-            like = torch.empty(shape, dtype=signal.dtype, device=signal.device, memory_format=ctx.layout)
-            return ctx.backward(signal, like, *ctx.arguments).to(ctx.dtype)
-
-        return _per_signal(spread, signal), None, None, None
-
-
-class _LocalResponseNorm(Function):
-    """x / (k + alpha / size * sum over neighbouring channels of x^2) ^ beta; the identity under the deconvnet rule."""
-
-    @staticmethod
-    def forward(ctx, x, size, alpha, beta, k, session):
-        ctx.settings, ctx.session = (size, alpha, beta, k), session
-        ctx.save_for_backward(x)
-        return F.local_response_norm(x, size, alpha, beta, k)
-
-    @staticmethod
-    def backward(ctx, signal):
-        if _rule_now(ctx.session) == DECONVNET:
-            return signal, None, None, None, None, None
-        (x,) = ctx.saved_tensors
-        size, alpha, beta, k = ctx.settings
-        pixels = x.dim() - 2
-
-        def neighbours(values: Tensor, before: int, after: int) -> Tensor:
-            padded = F.pad(values, [0, 0] * pixels + [before, after])
-            channels = values.shape[-1 - pixels]
-            return sum(padded.narrow(-1 - pixels, shift, channels) for shift in range(size))
-
-        before, after = size // 2, (size - 1) // 2
-        norm = k + alpha / size * neighbours(x * x, before, after)
-
-        def through(merged: Tensor) -> Tensor:
-            signal = merged.reshape(-1, *x.shape) if x.numel() else merged[None]
-            # Channel c lies in the windows of c - after .. c + before: the mirrored reach.
-            shared = neighbours(signal * x * norm.pow(-beta - 1), after, before)
-            return (signal * norm.pow(-beta) - 2 * alpha * beta / size * x * shared).reshape(merged.shape)
-
-        return _per_signal(through, signal), None, None, None, None, None
-
-
 # ---------------------------------------------------------------------------------------------- handlers
 
-_RELU_NODE = _ReLU._backward_cls
+_RELU_NODE = nodes.ReLU._backward_cls
 
 
 def _relu_node(tensor: Tensor) -> Any:
@@ -362,7 +148,7 @@ def _relu_node(tensor: Tensor) -> Any:
 
 def _recorded(x: Any) -> bool:
     """Whether a call belongs to a graph that nodes of ours can carry."""
-    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and x.dtype in ops.DTYPES
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and x.dtype in checks.DTYPES
 
 
 def _rectify(session, func, x, lower, upper, inplace, plain):
@@ -372,10 +158,10 @@ def _rectify(session, func, x, lower, upper, inplace, plain):
     if x.dim() == 0:  # there is no batch in a scalar: give it one
         out = _rectify(session, func, x.reshape(1), lower, upper, False, plain).reshape(())
         return x.copy_(out) if inplace else out
-    if inplace and (x._is_view() or not ops.is_dense(x)):
+    if inplace and (x._is_view() or not checks.is_dense(x)):
         # A view's history is rewritten by copy_: the graph then knows which part of its base was rectified.
         return x.copy_(_rectify(session, func, x, lower, upper, False, plain))
-    out = _ReLU.apply(x, lower, upper, session, inplace)
+    out = nodes.ReLU.apply(x, lower, upper, session, inplace)
     out.grad_fn.output = weakref.ref(out)
     return out
 
@@ -417,10 +203,10 @@ def _max_pool2d(
         return _max_pool2d(session, func, input[None], kernel_size, stride, padding, dilation, ceil_mode)[0]
     node = _relu_node(input)
     node = node if node is not None and node.plain else None
-    geometry = ops.pool_geometry(kernel_size, stride, padding, dilation)
-    if min(ops.pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
+    geometry = checks.pool_geometry(kernel_size, stride, padding, dilation)
+    if min(checks.pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
         return func(input, kernel_size, stride, padding, dilation, ceil_mode)  # raises PyTorch's own error
-    return _MaxPool2d.apply(input, geometry, ceil_mode, session, node)
+    return nodes.MaxPool2d.apply(input, geometry, ceil_mode, session, node)
 
 
 def _pair(value: Any) -> list[int]:
@@ -436,7 +222,7 @@ def _conv2d(session, func, input, weight, bias=None, stride=1, padding=0, dilati
     weight, bias = _constant(weight), _constant(bias)
     if not _recorded(input) or input.dim() != 4 or isinstance(padding, str):
         return func(input, weight, bias, stride, padding, dilation, groups)
-    return _Conv2d.apply(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+    return nodes.Conv2d.apply(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
 
 
 def _affine(session, func, input, weight, bias=None, *args, **kwargs):
@@ -454,7 +240,7 @@ def _batch_norm(
             "statistics change. Call model.eval() first."
         )
     elif _recorded(input):
-        return _BatchNormEval.apply(input, running_mean, running_var, weight, bias, eps)
+        return nodes.BatchNormEval.apply(input, running_mean, running_var, weight, bias, eps)
     return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
@@ -470,14 +256,14 @@ def _avg_pool2d(session, func, input, kernel_size, stride=None, padding=0, ceil_
                  divisor_override)  # fmt: skip
     if not _recorded(input) or input.dim() != 4:
         return func(input, *arguments)
-    return _AvgPool2d.apply(input, func, torch.ops.aten.avg_pool2d_backward, arguments)
+    return nodes.AvgPool2d.apply(input, func, torch.ops.aten.avg_pool2d_backward, arguments)
 
 
 def _adaptive_avg_pool2d(session, func, input, output_size):
     if not _recorded(input) or input.dim() != 4:
         return func(input, output_size)
     size = [given or own for given, own in zip(_pair_or_none(output_size), input.shape[2:], strict=True)]
-    return _AvgPool2d.apply(
+    return nodes.AvgPool2d.apply(
         input, lambda x: func(x, size), torch.ops.aten._adaptive_avg_pool2d_backward, ()
     )
 
@@ -499,7 +285,7 @@ def _view(session, func, input, *size, **kwargs):
 def _local_response_norm(session, func, input, size, alpha=1e-4, beta=0.75, k=1.0):
     if not _recorded(input) or input.dim() < 3 or size < 1:
         return func(input, size, alpha, beta, k)
-    return _LocalResponseNorm.apply(input, size, alpha, beta, k, session)
+    return nodes.LocalResponseNorm.apply(input, size, alpha, beta, k, session)
 
 
 _aten = torch.ops.aten
