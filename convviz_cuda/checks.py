@@ -92,12 +92,8 @@ def pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilatio
     kernel = pair("kernel_size", kernel_size, 1)
     steps = kernel if stride is None or stride == [] or stride == () else pair("stride", stride, 1)
     pads, gaps = pair("padding", padding, 0), pair("dilation", dilation, 1)
-    for k, p, d in zip(kernel, pads, gaps, strict=True):
-        if p > ((k - 1) * d + 1) // 2:
-            raise ValueError(
-                f"padding must be at most half of the window's extent, but it is {padding!r} "
-                f"for kernel_size {kernel_size!r} and dilation {dilation!r}."
-            )
+    if any(p > k // 2 for k, p in zip(kernel, pads, strict=True)):
+        raise ValueError(f"padding must be at most half of the kernel_size {kernel_size!r}, but it is {padding!r}.")
     return kernel, steps, pads, gaps
 
 

@@ -28,12 +28,16 @@ def _pool() -> nn.MaxPool2d:
 
 
 def _initialise(model: nn.Sequential) -> nn.Sequential:
-    # He's initialisation keeps activations of one order through all layers, so that an untrained network is of
-    # use as well; the paper's constant deviation of 0.01 lets them die away.
+    # He's initialisation keeps activations of one order through all layers, so that an untrained network is of use
+    # too; the paper's constant deviation of 0.01 lets them die away. Filters of mean zero do not answer to the
+    # positive mean that every ReLU leaves, which without batch normalisation drowns the picture in the first epochs.
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
+            with torch.no_grad():
+                filters = module.weight.flatten(1)
+                filters -= filters.mean(1, keepdim=True)
     return model
 
 
@@ -68,21 +72,15 @@ def zfnet(num_classes: int = 1000) -> nn.Sequential:
         ("relu5", nn.ReLU()),
         ("pool5", _pool()),  # 6
         ("flatten", nn.Flatten()),
-        *_classifier(256 * 6 * 6, 4096, num_classes),
-    ]
-    return _initialise(nn.Sequential(OrderedDict(layers))).eval()
-
-
-def _classifier(features: int, width: int, num_classes: int) -> list[tuple[str, nn.Module]]:
-    return [
-        ("fc6", nn.Linear(features, width)),
+        ("fc6", nn.Linear(256 * 6 * 6, 4096)),
         ("relu6", nn.ReLU()),
         ("drop6", nn.Dropout(0.5)),
-        ("fc7", nn.Linear(width, width)),
+        ("fc7", nn.Linear(4096, 4096)),
         ("relu7", nn.ReLU()),
         ("drop7", nn.Dropout(0.5)),
-        ("fc8", nn.Linear(width, num_classes)),
+        ("fc8", nn.Linear(4096, num_classes)),
     ]
+    return _initialise(nn.Sequential(OrderedDict(layers))).eval()
 
 
 def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
@@ -96,9 +94,9 @@ def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
     """
 
     def norm() -> nn.LocalResponseNorm:
-        # Krizhevsky's alpha is for pixels of 0..255. Ours have deviation 1, about 60 times less, and alpha
-        # multiplies squares: 5e-4 * 60**2 is about 2. With his value the layer would only divide by 1.68.
-        return nn.LocalResponseNorm(5, alpha=2.0, beta=0.75, k=2.0)
+        # Krizhevsky's constants are for pixels of 0..255. Ours have deviation 1, about 60 times less, and alpha
+        # multiplies squares: k = 2, alpha = 5e-4 * 60**2. Up to a constant factor that is k = 1, alpha = 1.
+        return nn.LocalResponseNorm(5, alpha=1.0, beta=0.75, k=1.0)
 
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(3, 24, 7, stride=2, padding=1)),  # 46
@@ -118,7 +116,11 @@ def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
         ("pool5", _pool()),  # 5
         ("fit", nn.AdaptiveAvgPool2d(5)),  # the identity at 96 px; what lets larger scenes into fc6
         ("flatten", nn.Flatten()),
-        *_classifier(64 * 5 * 5, 128, len(CLASSES)),
+        ("fc6", nn.Linear(64 * 5 * 5, 128)),  # no dropout: endless scenes do not overfit so small a network
+        ("relu6", nn.ReLU()),
+        ("fc7", nn.Linear(128, 128)),
+        ("relu7", nn.ReLU()),
+        ("fc8", nn.Linear(128, len(CLASSES))),
     ]
     model = _initialise(nn.Sequential(OrderedDict(layers)))
     if pretrained:
