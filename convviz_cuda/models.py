@@ -1,7 +1,7 @@
 """The networks of the house: ZFNet as published, and a small one of the same shape that comes trained.
 
-Both are plain ``nn.Sequential`` models whose layers carry the paper's names (``conv1 relu1 pool1 norm1 conv2 ...
-fc8``), one module per layer, so ``model.conv5`` and the name "conv5" mean the same thing everywhere.
+Both are plain ``nn.Sequential`` models whose layers carry the paper's names (``conv1 relu1 pool1 norm1 conv2
+... fc8``), one module per layer, so ``model.conv5`` and the name "conv5" mean the same thing everywhere.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch import nn
 from .scenes import CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights" / "zfnet_mini.safetensors"
-ZFNET_MINI_MEAN = (0.49, 0.49, 0.49)  # of the generated scenes, in 0..1; the same for the three channels by design
+# Of the generated scenes, in 0..1. Their hues are drawn evenly, so the channels do not differ.
+ZFNET_MINI_MEAN = (0.49, 0.49, 0.49)
 ZFNET_MINI_STD = (0.22, 0.22, 0.22)
 
 
 def _pool() -> nn.MaxPool2d:
-    # Overlapping 3x3 windows at stride 2. The paper's sizes (110 -> 55, 26 -> 13) need a last, clipped window:
-    # ceil_mode gives it without padding values.
+    # Overlapping 3x3 windows at stride 2. The paper's sizes (110 -> 55, 26 -> 13) need a last, clipped
+    # window: ceil_mode gives it without padding values.
     return nn.MaxPool2d(3, stride=2, ceil_mode=True)
 
 
 def _initialise(model: nn.Sequential) -> nn.Sequential:
-    # He's initialisation keeps activations of one order through all layers, so that an untrained network is of use
-    # too; the paper's constant deviation of 0.01 lets them die away. Filters of mean zero do not answer to the
-    # positive mean that every ReLU leaves, which without batch normalisation drowns the picture in the first epochs.
+    # He's initialisation keeps activations of one order through all layers, so that an untrained network is
+    # of use too. Filters of mean zero do not answer to the positive mean that every ReLU leaves, which
+    # without batch normalisation drowns the picture in the first epochs.
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -47,7 +48,8 @@ def zfnet(num_classes: int = 1000) -> nn.Sequential:
     Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" (2013), section 3 and figure 3:
     maps of 110, 55, 26 and 13 pixels, 13x13 through layers 3 to 5, 6x6x256 = 9216 features into ``fc6``.
     The paper gives no constants for its contrast normalisation; these are Krizhevsky's (2012), n = 5, k = 2,
-    alpha = 1e-4, beta = 0.75, where PyTorch divides alpha by n. They are meant for pixels of 0..255 less the mean.
+    alpha = 1e-4, beta = 0.75, where PyTorch divides alpha by n. They are meant for pixels of 0..255 less the
+    mean.
     """
     if num_classes < 1:
         raise ValueError(f"A classifier needs at least one class, but num_classes is {num_classes}.")
@@ -84,7 +86,8 @@ def zfnet(num_classes: int = 1000) -> nn.Sequential:
 
 
 def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
-    """ZFNet's shape at a hundred-and-fiftieth of its size, for the 12 classes of ``convviz_cuda.scenes``; in eval mode.
+    """ZFNet's shape at a hundred-and-fiftieth of its size, for the 12 classes of ``convviz_cuda.scenes``; in
+    eval mode.
 
     Input float [N, 3, H, W] from ``preprocess``, H and W at least 96; output logits [N, 12] in the order of
     ``scenes.CLASSES``. At 96 px the maps are 46x46, 23x23 and, at layers 3 to 5, 11x11
@@ -94,7 +97,8 @@ def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
     """
 
     def norm() -> nn.LocalResponseNorm:
-        # Krizhevsky's constants are for pixels of 0..255. Ours have deviation 1, about 60 times less, and alpha
+        # Krizhevsky's constants are for pixels of 0..255. Ours have deviation 1, about 60 times less, and
+        # alpha
         # multiplies squares: k = 2, alpha = 5e-4 * 60**2. Up to a constant factor that is k = 1, alpha = 1.
         return nn.LocalResponseNorm(5, alpha=1.0, beta=0.75, k=1.0)
 
@@ -103,7 +107,8 @@ def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
         ("relu1", nn.ReLU()),
         ("pool1", _pool()),  # 23
         ("norm1", norm()),
-        ("conv2", nn.Conv2d(24, 48, 5, padding=2)),  # 23; stride 1, or layers 3 to 5 would have 5x5 positions left
+        # Stride 1 here, where the paper has 2, or layers 3 to 5 would be left with 5x5 positions.
+        ("conv2", nn.Conv2d(24, 48, 5, padding=2)),  # 23
         ("relu2", nn.ReLU()),
         ("pool2", _pool()),  # 11
         ("norm2", norm()),
@@ -133,7 +138,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There are no weights at {path}.")
     own = model.state_dict()
-    model.load_state_dict({name: t.to(own[name].dtype) if name in own else t for name, t in load_file(path).items()})
+    stored = load_file(path)
+    model.load_state_dict({name: t.to(own[name].dtype) if name in own else t for name, t in stored.items()})
 
 
 def preprocess(images: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -156,5 +162,6 @@ def preprocess(images: torch.Tensor | np.ndarray) -> torch.Tensor:
             f"but the shape is {tuple(images.shape)}."
         )
     batch = images[None] if images.ndim == 3 else images
-    mean, std = (torch.tensor(t, device=batch.device).view(3, 1, 1) for t in (ZFNET_MINI_MEAN, ZFNET_MINI_STD))
+    mean = torch.tensor(ZFNET_MINI_MEAN, device=batch.device).view(3, 1, 1)
+    std = torch.tensor(ZFNET_MINI_STD, device=batch.device).view(3, 1, 1)
     return (batch.float().div(255.0) - mean) / std

@@ -47,7 +47,15 @@ FEW_CHANNELS = 4
 # Under vmap the new dim is moved in front of the batch and merged into it: K gradients share one forward.
 
 
-def _vmap_merged(op_name: str, fits: Callable[..., bool] = lambda grad, *rest: True):
+def _any_strides(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _vmap_merged(
+    op_name: str,
+    fits: Callable[..., bool] = lambda grad, *rest: True,
+    layout: Callable[[Tensor], Tensor] = _any_strides,
+):
     """The vmap rule of an op whose first argument, with a batch dim in front, is the only one that is batched."""
 
     def rule(info, in_dims, grad, *rest):
@@ -56,7 +64,8 @@ def _vmap_merged(op_name: str, fits: Callable[..., bool] = lambda grad, *rest: T
         if not alone or grad.dim() < 2 or not fits(grad, *rest):
             return _vmap_loop(op, info, in_dims, (grad, *rest))
         signals = grad.movedim(in_dims[0], 0)
-        out = op(signals.reshape(signals.shape[0] * signals.shape[1], *signals.shape[2:]), *rest)
+        merged = signals.reshape(signals.shape[0] * signals.shape[1], *signals.shape[2:])
+        out = op(layout(merged), *rest)
         return out.reshape(*signals.shape[:2], *out.shape[1:]), 0
 
     return rule
@@ -436,7 +445,7 @@ conv2d_input_grad_op = define(
     _input_grad_fake,
     setup_context=_input_grad_context,
     backward=_input_grad_grad,
-    vmap=_vmap_merged("conv2d_input_grad"),
+    vmap=_vmap_merged("conv2d_input_grad", layout=two_layouts),
 )
 
 
@@ -499,7 +508,7 @@ max_abs_channels_op = define(
     lambda x: x.new_empty((x.shape[0], *x.shape[2:])),
     setup_context=_max_abs_context,
     backward=_max_abs_grad,
-    vmap=_vmap_merged("max_abs_channels"),
+    vmap=_vmap_merged("max_abs_channels", layout=two_layouts),
 )
 
 
