@@ -128,7 +128,16 @@ def range_text(values: np.ndarray, limit: float, signed: bool) -> str:
     low, high = float(values.min()), float(values.max())
     if low == high:
         return f"{number(low)} everywhere"
-    text = f"{number(low)} to {number(high)}"
+    text = " to ".join(_alike(low, high))
     if max(abs(low), abs(high)) > limit * 1.001:
         text += f"\ncolours end at {PLUS_MINUS if signed else ''}{number(limit)}"
     return text
+
+
+def _alike(*values: float) -> list[str]:
+    """Numbers with as many decimals each as the greatest needs for three digits; 0 stays 0."""
+    greatest = max(map(abs, values))
+    if not 1e-3 <= greatest < 1e5:  # infinity too
+        return [number(v) for v in values]
+    decimals = max(0, 2 - math.floor(math.log10(greatest)))
+    return [f"{v:.{decimals}f}".replace("-", "\u2212") if v else "0" for v in values]

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -108,12 +108,19 @@ class backward_rule(TorchFunctionMode):  # noqa: N801 - reads as a function in a
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":  # shape, dtype, is_cuda...: nothing flows
             return func(*args, **kwargs)
-        read = [node for node in map(_relu_node, _tensors((args, kwargs))) if node is not None]
+        tensors: list[Tensor] = []
+        _collect(args, tensors)
+        if kwargs:
+            _collect(kwargs.values(), tensors)
+        read = [node for node in map(_relu_node, tensors) if node is not None]
         handler = _HANDLERS.get(func)
         out = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
-        if read and (func in _ESCAPES or any(t.requires_grad for t in _tensors(out))):
-            for node in read:
-                node.consumers += 1
+        if read:
+            results: list[Tensor] = []
+            _collect((out,), results)
+            if func in _ESCAPES or any(tensor.requires_grad for tensor in results):
+                for node in read:
+                    node.consumers += 1
         return out
 
 
@@ -125,15 +132,15 @@ def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def _tensors(value: Any):
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+def _collect(values: Iterable[Any], tensors: list[Tensor]) -> None:
+    """Appends the tensors among ``values`` and in the tuples, lists and dicts there. Runs at every call of a forward."""
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, tuple | list):
+            _collect(value, tensors)
+        elif isinstance(value, dict):
+            _collect(value.values(), tensors)
 
 
 # ---------------------------------------------------------------------------------------------- handlers
