@@ -1,0 +1,215 @@
+"""``convviz demo``: what a small trained network looks at, without network access, GPU or data."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from .. import models, scenes
+from ..imaging import PLUS_MINUS, colour_limit, colours, number, range_text, reduce_channels, signed_rgb
+from ..journal import write_atomically
+from ..sheets import ColourBar, Panel, Row, beside, sheet
+from ..version import __version__
+from .console import Refusal, arguments
+from .methods import METHODS, StrongestUnit, attribute_class, attribute_unit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIDE = 96
+SHOWN = ("saliency", "guided", "deconvnet")
+UNITS = 6  # of each layer
+CHOICE = 8  # scenes of each class among which a unit's strongest activation is looked for
+FIRST_SET = 1 << 40  # sets of scenes from here on are the demo's; training and its tests take small seeds
+
+
+def run(out: Path, seed: int) -> None:
+    """Write the pictures and ``predictions.json`` to ``out``, print a table. Raises Refusal."""
+    start = time.perf_counter()
+    if not 0 <= seed < FIRST_SET:
+        raise Refusal(f"--seed lies in 0 .. 2**40 - 1, but it is {seed}.")
+    if out.exists() and not out.is_dir():
+        raise Refusal(f"--out is a folder, but {str(out)!r} is a file.")
+    with arguments():
+        model = models.zfnet_mini().requires_grad_(False)
+        shown = _scenes(seed, CHOICE)
+    inputs = models.preprocess(np.stack([s.image for s in shown]))
+    with torch.no_grad():
+        probabilities = model(inputs).softmax(1)
+    # The first of each class is looked at in detail, the others are what units choose from.
+    detail = list(range(len(scenes.CLASSES)))
+    predictions = [_prediction(shown[i], probabilities[i], i, seed) for i in range(len(shown))]
+
+    pictures = {"classes.png": _class_sheet(model, inputs, shown, predictions, detail)}
+    pictures["units.png"], units = _unit_sheet(model, inputs, shown)
+    for name, picture in pictures.items():
+        write_atomically(out / name, functools.partial(picture.save, format="PNG"))
+    right = sum(p["class"] == p["predicted"] for p in predictions)
+    record = {
+        "version": __version__,
+        "model": "convviz_cuda.models:zfnet_mini",
+        "seed": seed,
+        "scenes": len(predictions),
+        "right": right,
+        "predictions": predictions,
+        "units": units,
+        "files": sorted(pictures),
+    }
+    write_atomically(out / "predictions.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
+    _print(predictions, detail, right)
+    print(f"Written in {time.perf_counter() - start:.1f} s:")
+    for name in (*sorted(pictures), "predictions.json"):
+        print(f"  {out / name}")
+
+
+def _scenes(seed: int, of_each: int) -> list[scenes.Scene]:
+    classes = len(scenes.CLASSES)
+    first = (FIRST_SET + seed) * scenes.MAX_SEED
+    return [scenes.make_scene(first + i, SIDE, label=i % classes) for i in range(of_each * classes)]
+
+
+def _prediction(scene: scenes.Scene, probabilities: torch.Tensor, index: int, seed: int) -> dict[str, Any]:
+    values, order = probabilities.topk(3)
+    best = [
+        {"class": scenes.CLASSES[c], "probability": round(p, 6)}
+        for c, p in zip(order.tolist(), values.tolist(), strict=True)
+    ]
+    return {
+        "scene": index,
+        "class": scenes.CLASSES[scene.label],
+        "predicted": best[0]["class"],
+        "probability": best[0]["probability"],
+        "best": best,
+        "box": list(scene.box),
+    }
+
+
+def _class_sheet(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    shown: Sequence[scenes.Scene],
+    predictions: Sequence[dict[str, Any]],
+    detail: Sequence[int],
+) -> Image:
+    """Scene, saliency, guided backprop and deconvnet of the true class, two scenes in a row."""
+    targets = [shown[i].label for i in detail]
+    maps = {name: attribute_class(METHODS[name], model, inputs[detail], targets).numpy() for name in SHOWN}
+    rows: list[list[Panel]] = []
+    for place, i in enumerate(detail):
+        p = predictions[i]
+        mark = "" if p["predicted"] == p["class"] else f", taken for {p['predicted']}"
+        panels = [Panel(shown[i].image, f"{p['class']}{mark}, {p['probability']:.2f}", photograph=True)]
+        for name in SHOWN:
+            signed = METHODS[name].signed
+            values = reduce_channels(maps[name][place], signed)
+            limit = colour_limit(values)
+            panels.append(Panel(colours(values, limit, signed), range_text(values, limit, signed)))
+        if place % 2:
+            rows[-1].extend(panels)
+        else:
+            rows.append(panels)
+    headings = ["Scene", *(METHODS[name].title for name in SHOWN)]
+    return sheet(
+        [Row(panels) for panels in rows],
+        title="What the class score of a scene depends on",
+        note="zfnet_mini on generated scenes it was not trained on. Below a scene: its class and the "
+        "probability of the prediction. Saliency is the largest |gradient| over the colour channels, the "
+        "others are sums over them. Below a map: the range of its values.",
+        columns=headings * 2,
+        width=2 * SIDE,
+        bars=[
+            ColourBar(False, "0", "end of the colours", "Saliency"),
+            ColourBar(True, "\u2212end", "+end of the colours", "Guided backprop, DeconvNet"),
+        ],
+    )
+
+
+def _unit_sheet(
+    model: nn.Sequential, inputs: torch.Tensor, shown: Sequence[scenes.Scene]
+) -> tuple[Image, list[dict[str, Any]]]:
+    """For each convolution the units of the strongest activations: projections beside what they saw."""
+    rows, record = [], []
+    method = METHODS["deconvnet"]
+    signal = inputs
+    for name, layer in model.named_children():
+        with torch.no_grad():
+            signal = layer(signal)
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        strongest, where = signal.amax((2, 3)).max(0)  # of each channel, over all scenes
+        channels = strongest.topk(min(UNITS, len(strongest))).indices.tolist()
+        chosen = [int(where[c]) for c in channels]
+        selector = StrongestUnit(channels)
+        projections = attribute_unit(method, model, layer, inputs[chosen], selector).numpy()
+        panels = []
+        for scene, projection, unit in zip(chosen, projections, selector.found, strict=True):
+            channel, position, value = unit
+            limit = colour_limit(projection)
+            box = _support(projection)
+            panels.append(
+                Panel(
+                    beside(
+                        _cut(signed_rgb(projection, limit), box, smooth=False),
+                        _cut(shown[scene].image, box, smooth=True),
+                    ),
+                    f"channel {channel}: {number(value)}\n{PLUS_MINUS}{number(limit)}, {box[2] - box[0]} px",
+                )
+            )
+            found = {"layer": name, "channel": channel, "position": list(position), "activation": value}
+            record.append({**found, "scene": scene, "box": list(box)})
+        size = "x".join(map(str, signal.shape[2:]))
+        rows.append(Row(panels, f"{name}\n{signal.shape[1]} channels\nof {size}"))
+    picture = sheet(
+        rows,
+        title="What drives the strongest units of each layer",
+        note="DeconvNet projections of single activations beside the patch of the scene that they depend on: "
+        f"the strongest activation of each of the {UNITS} strongest channels over {len(shown)} scenes. Grey "
+        "is 0. Below: the channel and its activation; the value at which the colours end, the patch's side.",
+        width=2 * SIDE + 4,
+    )
+    return picture, record
+
+
+def _support(projection: np.ndarray, least: int = 12) -> tuple[int, int, int, int]:
+    """The smallest square (x0, y0, x1, y1) around everything that is not 0, inside the picture."""
+    height, width = projection.shape[1:]
+    rows = np.flatnonzero((projection != 0.0).any((0, 2)))
+    columns = np.flatnonzero((projection != 0.0).any((0, 1)))
+    if len(rows) == 0:
+        return 0, 0, width, height
+    side = min(max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1, least), height, width)
+    y = int(np.clip((rows[0] + rows[-1] + 1 - side) // 2, 0, height - side))
+    x = int(np.clip((columns[0] + columns[-1] + 1 - side) // 2, 0, width - side))
+    return x, y, x + int(side), y + int(side)
+
+
+def _cut(pixels: np.ndarray, box: tuple[int, int, int, int], smooth: bool) -> np.ndarray:
+    from PIL import Image as images
+
+    kind = images.Resampling.BICUBIC if smooth else images.Resampling.NEAREST
+    return np.asarray(images.fromarray(pixels).crop(box).resize((SIDE, SIDE), kind))
+
+
+def _print(predictions: Sequence[dict[str, Any]], detail: Sequence[int], right: int) -> None:
+    table = Table(title="Predictions of zfnet_mini", title_justify="left")
+    for heading in ("scene of", "predicted", "p", "next", "p"):
+        table.add_column(heading, justify="right" if heading == "p" else "left", no_wrap=True)
+    for i in detail:
+        p = predictions[i]
+        colour = "green" if p["predicted"] == p["class"] else "red"
+        first, second, *_ = p["best"]
+        likely = (f"{first['probability']:.3f}", second["class"], f"{second['probability']:.3f}")
+        table.add_row(p["class"], f"[{colour}]{p['predicted']}[/]", *likely)
+    console = Console()
+    console.print(table)
+    console.print(f"{right} of {len(predictions)} scenes right.", highlight=False)

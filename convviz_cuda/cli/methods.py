@@ -1,0 +1,117 @@
+"""The methods that commands offer: their names, classes, and how their maps are shown."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of ``convviz_cuda.attr`` under the name that commands use.
+
+    of_class, of_unit: class names in ``convviz_cuda.attr`` for a class score and for a unit of a layer (None
+    if there is no such method). signed: whether the sign of its maps means something.
+    """
+
+    name: str
+    title: str
+    of_class: str
+    of_unit: str | None
+    signed: bool
+
+
+METHODS = {
+    m.name: m
+    for m in (
+        Method("saliency", "Saliency", "Saliency", None, signed=False),
+        Method("inputxgradient", "Input x gradient", "InputXGradient", None, signed=True),
+        Method("guided", "Guided backprop", "GuidedBackprop", "NeuronGuidedBackprop", signed=True),
+        Method("deconvnet", "DeconvNet", "Deconvolution", "NeuronDeconvolution", signed=True),
+    )
+}
+
+
+def parse_methods(text: str) -> list[Method]:
+    """The methods in ``"saliency,guided"``, each once. Raises ValueError for an unknown name."""
+    names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"--method names none of {', '.join(METHODS)}.")
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METHODS)}."
+            raise ValueError(f"There is no method {name!r}; {hint}")
+    return [METHODS[name] for name in names]
+
+
+@dataclass
+class StrongestUnit:
+    """A neuron selector (Captum's meaning): the strongest activation of each example at a layer.
+
+    channel: of this channel only; an int for all examples, a sequence of one for each, None for the strongest
+    channel.
+    After the call ``found`` holds (channel, position, value) of each example; position is () for a dense
+    layer.
+    """
+
+    channel: int | Sequence[int] | None = None
+    found: list[tuple[int, tuple[int, ...], float]] = field(default_factory=list)
+
+    def __call__(self, activation: torch.Tensor) -> torch.Tensor:
+        if not isinstance(activation, torch.Tensor) or activation.ndim < 2:
+            raise ValueError("The layer's output is not one tensor [N, C, ...] with units to choose from.")
+        count, channels = activation.shape[:2]
+        # [N, C, positions]; a dense layer has one position.
+        values = activation.detach().reshape(count, channels, -1)
+        if self.channel is not None:
+            wanted = [self.channel] * count if isinstance(self.channel, int) else list(self.channel)
+            outside = [c for c in wanted if not 0 <= c < channels]
+            if outside:
+                raise IndexError(
+                    f"There is no channel {outside[0]}: the layer has {channels}, counted from 0."
+                )
+            chosen = torch.tensor(wanted, device=values.device)
+        else:
+            chosen = values.amax(2).argmax(1)
+        here = torch.arange(count, device=values.device)
+        place = values[here, chosen].argmax(1)
+        self.found = [
+            (c, _position(p, activation.shape[2:]), v)
+            for c, p, v in zip(
+                chosen.tolist(), place.tolist(), values[here, chosen, place].float().tolist(), strict=True
+            )
+        ]
+        return activation.reshape(count, channels, -1)[here, chosen, place]
+
+
+def _position(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
+    position = []
+    for extent in reversed(shape):
+        position.append(flat % extent)
+        flat //= extent
+    return tuple(reversed(position))
+
+
+def attribute_class(
+    method: Method, model: nn.Module, inputs: torch.Tensor, targets: list[int]
+) -> torch.Tensor:
+    """Attribution [N, C, H, W] of one class score for each example."""
+    from .. import attr
+
+    return getattr(attr, method.of_class)(model).attribute(inputs, target=targets)
+
+
+def attribute_unit(
+    method: Method, model: nn.Module, layer: nn.Module, inputs: torch.Tensor, selector: StrongestUnit
+) -> torch.Tensor:
+    """Attribution [N, C, H, W] of one unit of a layer for each example."""
+    from .. import attr
+
+    if method.of_unit is None:
+        raise ValueError(f"{method.name} explains classes, not units of a layer.")
+    return getattr(attr, method.of_unit)(model, layer).attribute(inputs, selector)

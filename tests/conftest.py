@@ -1,0 +1,27 @@
+"""Settings and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Few threads, shared between the workers if there are several: the tests' tensors are small.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(4, torch.get_num_threads()) // workers))
+
+# No time limit for an example (machines differ), and in CI the same examples every time.
+settings.register_profile("convviz", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("convviz")
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> Path:
+    """The folder with weights of real networks that CONVVIZ_CHECKPOINTS names; skips the test without it."""
+    folder = os.environ.get("CONVVIZ_CHECKPOINTS")
+    if not folder:
+        pytest.skip("CONVVIZ_CHECKPOINTS does not name a folder with weights")
+    return Path(folder)

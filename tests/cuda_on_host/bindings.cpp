@@ -1,0 +1,190 @@
+// The launchers of csrc/kernels/*_cuda.cu for NumPy arrays, which only carry addresses here: sizes and
+// strides are given in elements. float16 and bfloat16 arrays hold the values' bits.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/conv2d_input_grad.h"
+#include "kernels/max_abs_channels.h"
+#include "kernels/max_pool.h"
+#include "kernels/relu.h"
+#include "kernels/switch_unpool.h"
+
+namespace py = pybind11;
+using namespace convviz;
+
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class F>
+void with_dtype(const std::string& dtype, const F& f) {
+  if (dtype == "float64") return f(Tag<double>{});
+  if (dtype == "float32") return f(Tag<float>{});
+  if (dtype == "float16") return f(Tag<Half>{});
+  if (dtype == "bfloat16") return f(Tag<BFloat16>{});
+  throw std::invalid_argument("no dtype " + dtype);
+}
+
+template <class F>
+void with_switches(const py::array& switches, const F& f) {
+  switch (switches.itemsize()) {
+    case 1:
+      return f(Tag<int8_t>{});
+    case 2:
+      return f(Tag<int16_t>{});
+    default:
+      return f(Tag<int32_t>{});
+  }
+}
+
+template <class T>
+T* pointer(const py::array& array) {
+  return static_cast<T*>(const_cast<void*>(array.data()));
+}
+
+void check(int code) {
+  if (code != 0) throw std::runtime_error("launch failed");
+}
+
+WindowAxis axis(const Ints& values) {
+  return {values[0], values[1], values[2], values[3], values[4], values[5]};
+}
+
+void relu(const std::string& dtype, const py::array& x, const py::array& out, const py::array& mask,
+          int64_t numel, double lower, std::optional<double> upper) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const A none = std::numeric_limits<A>::quiet_NaN();
+    const ReluArgs<T> args{pointer<T>(x),
+                           pointer<T>(out),
+                           pointer<uint8_t>(mask),
+                           numel,
+                           to_acc(static_cast<T>(static_cast<A>(lower))),
+                           upper ? to_acc(static_cast<T>(static_cast<A>(*upper))) : none};
+    check(relu_cuda(args, nullptr));
+  });
+}
+
+// size, stride: of the gradient's dimensions in the memory order of the forward's output.
+void relu_backward(const std::string& dtype, const py::array& grad, const py::array& mask,
+                   const py::array& out, int64_t mask_numel, const Ints& size, const Ints& stride,
+                   int64_t rule) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    ReluBackwardArgs<T> args{};
+    args.grad = pointer<T>(grad);
+    args.mask = pointer<uint8_t>(mask);
+    args.out = pointer<T>(out);
+    args.numel = 1;
+    args.mask_numel = Divider(mask_numel);
+    args.rank = static_cast<int>(size.size());
+    for (int d = 0; d < args.rank; ++d) {
+      args.numel *= size[d];
+      args.size[d] = Divider(size[d]);
+      args.stride[d] = stride[d];
+    }
+    args.rule = make_rule<acc_t<T>>(static_cast<RuleCode>(rule));
+    check(relu_backward_cuda(args, nullptr));
+  });
+}
+
+void relu_max_pool2d(const std::string& dtype, bool channels_last, const py::array& x, const py::array& out,
+                     const py::array& switches, int64_t batch, int64_t channels, const Ints& h, const Ints& w,
+                     bool relu) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    with_switches(switches, [&](auto switch_tag) {
+      using S = typename decltype(switch_tag)::type;
+      const MaxPoolArgs<T, S> args{
+          pointer<T>(x), pointer<T>(out), pointer<S>(switches), batch, channels, axis(h), axis(w), relu};
+      check(channels_last ? max_pool_channels_last_cuda(args, nullptr)
+                          : max_pool_contiguous_cuda(args, nullptr));
+    });
+  });
+}
+
+void switch_unpool2d(const std::string& dtype, bool channels_last, const py::array& grad, const Ints& stride,
+                     const py::array& switches, const py::array& out, int64_t batch, int64_t switch_batch,
+                     int64_t channels, const Ints& h, const Ints& w, int64_t rule, bool overwrite) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    with_switches(switches, [&](auto switch_tag) {
+      using S = typename decltype(switch_tag)::type;
+      UnpoolArgs<T, S> args{};
+      args.grad = pointer<T>(grad);
+      args.switches = pointer<S>(switches);
+      args.out = pointer<T>(out);
+      args.batch = batch;
+      args.channels = channels;
+      args.switch_batch = Divider(switch_batch);
+      args.h = axis(h);
+      args.w = axis(w);
+      args.n_stride = stride[0];
+      args.c_stride = stride[1];
+      args.h_stride = stride[2];
+      args.w_stride = stride[3];
+      args.rule = make_rule<acc_t<T>>(static_cast<RuleCode>(rule));
+      args.overwrite = overwrite;
+      check(channels_last ? unpool_channels_last_cuda(args, nullptr) : unpool_contiguous_cuda(args, nullptr));
+    });
+  });
+}
+
+// `packed` holds at least [taps, padded input channels, channels] numbers of the type that sums are kept in.
+void conv2d_input_grad(const std::string& dtype, bool channels_last, const py::array& grad,
+                       const py::array& weight, const Ints& weight_stride, const py::array& packed,
+                       const py::array& out, int64_t batch, int64_t channels, int64_t in_channels,
+                       const Ints& h, const Ints& w) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const InputGradArgs<T> args{pointer<T>(grad), pointer<A>(packed), pointer<T>(out), batch,
+                                channels,         in_channels,        axis(h),         axis(w)};
+    const int64_t padded = padded_in_channels(in_channels), taps = args.h.kernel * args.w.kernel;
+    const PackWeight<T> pack{pointer<T>(weight), pointer<A>(packed),     weight_stride[0], weight_stride[1],
+                             weight_stride[2],   weight_stride[3],       in_channels,      Divider(padded),
+                             Divider(channels),  Divider(args.w.kernel), Divider(taps),    channels_last};
+    check(pack_weight_cuda(pack, channels * padded * taps, nullptr));
+    check(channels_last ? input_grad_channels_last_cuda(args, nullptr)
+                        : input_grad_contiguous_cuda(args, nullptr));
+  });
+}
+
+void max_abs_channels(const std::string& dtype, bool channels_last, const py::array& x, const py::array& out,
+                      int64_t batch, int64_t channels, int64_t pixels) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const MaxAbsArgs<T> args{pointer<T>(x), pointer<T>(out), batch, channels, pixels};
+    check(channels_last ? max_abs_channels_last_cuda(args, nullptr) : max_abs_contiguous_cuda(args, nullptr));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda_on_host, m) {
+  m.def("relu", &relu);
+  m.def("relu_backward", &relu_backward);
+  m.def("relu_max_pool2d", &relu_max_pool2d);
+  m.def("switch_unpool2d", &switch_unpool2d);
+  m.def("conv2d_input_grad", &conv2d_input_grad);
+  m.def("max_abs_channels", &max_abs_channels);
+  m.def("divide", [](int64_t index, int64_t divisor) { return Divider(divisor).quotient(index); });
+  m.def("load_vector", [](const py::array& from) {
+    float to[4];
+    load_pack(pointer<float>(from), to);
+    return std::vector<float>(to, to + 4);
+  });
+  m.def("counts", [] { return py::make_tuple(cuda_on_host::launches, cuda_on_host::threads); });
+}

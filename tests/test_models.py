@@ -1,0 +1,383 @@
+"""ZFNet as published, the shipped small one, and the training that made it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from convviz_cuda import models, training
+from convviz_cuda.models import load_weights, preprocess, zfnet, zfnet_mini
+from convviz_cuda.scenes import CLASSES, batch
+from convviz_cuda.training import Settings
+
+UNSEEN = 77_000  # a seed no training run of these tests or of the shipped weights has used
+TINY = Settings(seed=3, epochs=2, scenes=40, held_out=24, batch_size=16)
+
+
+def shapes(model: nn.Sequential, x: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    found = {}
+    with torch.no_grad():
+        for name, layer in model.named_children():
+            x = layer(x)
+            found[name] = tuple(x.shape[1:])
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- ZFNet
+
+
+def test_zfnet_has_the_published_shapes():
+    model = zfnet()
+    assert not model.training
+    found = shapes(model, torch.zeros(1, 3, 224, 224))
+    expected = {
+        "conv1": (96, 110, 110),
+        "pool1": (96, 55, 55),
+        "norm1": (96, 55, 55),
+        "conv2": (256, 26, 26),
+        "pool2": (256, 13, 13),
+        "conv3": (384, 13, 13),
+        "conv4": (384, 13, 13),
+        "conv5": (256, 13, 13),
+        "pool5": (256, 6, 6),
+        "flatten": (9216,),
+        "fc6": (4096,),
+        "fc7": (4096,),
+        "fc8": (1000,),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("model", [zfnet(10), zfnet_mini(pretrained=False)], ids=["zfnet", "zfnet_mini"])
+def test_pools_and_norms_stand_where_the_paper_has_them(model):
+    names = [name for name, _ in model.named_children()]
+    pools = [name for name in names if isinstance(getattr(model, name), nn.MaxPool2d)]
+    norms = [name for name in names if isinstance(getattr(model, name), nn.LocalResponseNorm)]
+    assert (pools, norms) == (["pool1", "pool2", "pool5"], ["norm1", "norm2"])
+    for k in (1, 2):  # contrast normalisation follows the pooling
+        assert names.index(f"norm{k}") == names.index(f"pool{k}") + 1 == names.index(f"relu{k}") + 2
+    assert {(p.kernel_size, p.stride) for p in map(model.get_submodule, pools)} == {(3, 2)}
+    assert {n.size for n in map(model.get_submodule, norms)} == {5}
+    relus = [m for m in model if isinstance(m, nn.ReLU)]
+    assert len(relus) == len(set(map(id, relus))) == 7
+    assert [name for name in names if name.startswith(("conv", "fc"))] == [
+        *(f"conv{k}" for k in range(1, 6)),
+        "fc6",
+        "fc7",
+        "fc8",
+    ]
+
+
+def test_zfnet_geometry_and_classes():
+    model = zfnet(7)
+    assert [(c.kernel_size, c.stride) for c in model if isinstance(c, nn.Conv2d)] == [
+        ((7, 7), (2, 2)),
+        ((5, 5), (2, 2)),
+        *[((3, 3), (1, 1))] * 3,
+    ]
+    assert model.fc8.out_features == 7
+    assert [d.p for d in model if isinstance(d, nn.Dropout)] == [0.5, 0.5]
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        zfnet(0)
+
+
+def test_untrained_zfnet_keeps_its_signal_alive():
+    torch.manual_seed(0)
+    model, x = zfnet(20), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert 0.1 < model(x).std() < 10
+
+
+# ---------------------------------------------------------------------------------------------- zfnet_mini
+
+
+def test_mini_shapes():
+    found = shapes(zfnet_mini(pretrained=False), torch.zeros(2, 3, 96, 96))
+    maps = {
+        name: found[name][1:]
+        for name in ("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5")
+    }
+    sides = {
+        "conv1": 46,
+        "pool1": 23,
+        "conv2": 23,
+        "pool2": 11,
+        "conv3": 11,
+        "conv4": 11,
+        "conv5": 11,
+        "pool5": 5,
+    }
+    assert maps == {name: (side, side) for name, side in sides.items()}
+    assert found["fc8"] == (len(CLASSES),)
+    assert zfnet_mini(pretrained=False)(torch.zeros(1, 3, 130, 160)).shape == (1, len(CLASSES))
+
+
+def test_mini_fit_layer_is_the_identity_at_96_pixels():
+    x = torch.randn(2, 64, 5, 5)
+    assert torch.equal(zfnet_mini(pretrained=False).fit(x), x)
+
+
+@pytest.fixture(scope="module")
+def mini() -> nn.Sequential:
+    return zfnet_mini()
+
+
+def test_shipped_weights_are_small_and_match_their_record(mini):
+    assert models.WEIGHTS.stat().st_size < 1_000_000
+    assert not mini.training
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in mini.parameters())
+    record = json.loads(models.WEIGHTS.with_suffix(".json").read_text())
+    assert record["classes"] == list(CLASSES)
+    assert record["epochs_done"] == record["settings"]["epochs"] == len(record["history"])
+    assert record["history"][-1]["held_out_accuracy"] == record["held_out_accuracy"]
+    assert set(record["held_out_accuracy_per_class"]) == set(CLASSES)
+    assert record["seconds"] > 0 and {"torch", "numpy", "python"} <= record["versions"].keys()
+    # Rendering and judging again gives the recorded figure: this scene generator made these weights.
+    settings = Settings(**record["settings"])
+    assert settings.held_out_seed != settings.train_seed != UNSEEN
+    truth = batch(256, settings.held_out_seed)
+    with torch.no_grad():
+        hits = (mini(preprocess(truth.images)).argmax(1) == truth.labels).double().mean().item()
+    assert hits == pytest.approx(record["held_out_accuracy"], abs=0.025)
+
+
+def test_shipped_weights_know_unseen_scenes(mini):
+    truth = batch(600, UNSEEN)
+    accuracy, per_class = training.evaluate(mini, truth.images, truth.labels)
+    assert accuracy >= 0.95
+    assert len(per_class) == len(CLASSES) and min(per_class.values()) >= 0.8
+
+
+def test_shipped_weights_look_at_the_object(mini):
+    """Share of |gradient| inside the mask, against the share of the picture that the mask is."""
+    truth = batch(64, UNSEEN + 1)
+    x = preprocess(truth.images).requires_grad_()
+    mini(x).gather(1, truth.labels[:, None]).sum().backward()
+    saliency = x.grad.abs().amax(1)
+    inside = (saliency * truth.masks).sum((1, 2)) / saliency.sum((1, 2))
+    ratio = inside / truth.masks.double().mean((1, 2))
+    assert inside.median() > 0.5
+    assert ratio.median() > 2.5
+
+
+def test_random_weights_are_random_and_shipped_ones_are_not():
+    first, second = zfnet_mini(pretrained=False), zfnet_mini(pretrained=False)
+    assert not torch.equal(first.conv1.weight, second.conv1.weight)
+    assert torch.equal(zfnet_mini().conv1.weight, zfnet_mini().conv1.weight)
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
+        load_weights(zfnet_mini(pretrained=False), tmp_path / "nothing.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------- preprocess
+
+
+def test_preprocess_takes_tensors_and_arrays_alike():
+    images = batch(3, UNSEEN).images
+    expected = preprocess(images)
+    assert expected.shape == (3, 3, 96, 96) and expected.dtype == torch.float32
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    assert torch.equal(preprocess(arrays), expected)
+    assert torch.equal(preprocess(arrays[1]), expected[1:2])
+    assert torch.equal(preprocess(images[1]), expected[1:2])
+    for channel in range(3):
+        mean, std = models.ZFNET_MINI_MEAN[channel], models.ZFNET_MINI_STD[channel]
+        by_hand = (images[:, channel].double() / 255 - mean) / std
+        torch.testing.assert_close(expected[:, channel].double(), by_hand, rtol=1e-6, atol=1e-6)
+
+
+def test_preprocessed_scenes_are_standardised():
+    x = preprocess(batch(128, UNSEEN).images)
+    assert x.mean().abs() < 0.1 and abs(x.std() - 1) < 0.1
+
+
+def test_preprocess_refuses_other_inputs():
+    with pytest.raises(TypeError, match="float32"):
+        preprocess(torch.zeros(1, 3, 96, 96))
+    for wrong in (
+        torch.zeros(4, 96, 96, dtype=torch.uint8),
+        np.zeros((96, 96), np.uint8),
+        np.zeros((96, 96, 4), np.uint8),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(wrong.shape)))):
+            preprocess(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="module")
+def data() -> training.Data:
+    return training.render(TINY, say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """One uninterrupted tiny run with its checkpoints, and what it said."""
+    out, lines = tmp_path_factory.mktemp("whole"), []
+    record = training.train(out, TINY, data=data, keep_checkpoints=True, say=lines.append)
+    return out, record, lines
+
+
+def weights(out):
+    return load_file(out / "zfnet_mini.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_writes_weights_record_and_checkpoints(whole, data):
+    out, record, lines = whole
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoints",
+        "state.pt",
+        "zfnet_mini.json",
+        "zfnet_mini.safetensors",
+    ]
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
+        f"epoch_{k:03d}.safetensors" for k in range(3)
+    ]
+    assert json.loads((out / "zfnet_mini.json").read_text()) == record
+    assert [row["epoch"] for row in record["history"]] == [1, 2]
+    assert len(lines) == 2 and all(re.match(r"epoch \d/2  loss .* s left$", line) for line in lines)
+    assert "--seed 3" in record["command"] and "--scenes 40" in record["command"]
+
+    model = zfnet_mini(pretrained=False)
+    load_weights(model, out / "zfnet_mini.safetensors")
+    assert training.evaluate(model, data.held_images, data.held_labels)[0] == record["held_out_accuracy"]
+    last = load_file(out / "checkpoints" / "epoch_002.safetensors")
+    assert all(torch.equal(last[name], t) for name, t in weights(out).items())
+    first = load_file(out / "checkpoints" / "epoch_000.safetensors")
+    assert not torch.equal(first["conv1.weight"], last["conv1.weight"])
+
+
+def test_training_is_seeded_and_leaves_the_callers_generator_alone(whole, data, tmp_path):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    training.train(tmp_path, TINY, data=data, say=lambda line: None)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same_weights(tmp_path, whole[0])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_another_seed_gives_other_weights(whole, data, tmp_path):
+    training.train(
+        tmp_path, Settings(**{**vars(TINY), "seed": 4, "epochs": 1}), data=data, say=lambda line: None
+    )
+    assert not torch.equal(weights(tmp_path)["conv1.weight"], weights(whole[0])["conv1.weight"])
+
+
+def test_stopped_run_keeps_its_epochs_and_goes_on_to_the_same_weights(whole, data, tmp_path, monkeypatch):
+    real, calls = training.train_epoch, []
+
+    def stopped(*arguments):
+        calls.append(arguments[-1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "train_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(tmp_path, TINY, data=data, say=lambda line: None)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["epoch"] == 1 and len(state["history"]) == 1
+    assert json.loads((tmp_path / "zfnet_mini.json").read_text())["epochs_done"] == 1
+    load_weights(zfnet_mini(pretrained=False), tmp_path / "zfnet_mini.safetensors")
+
+    lines = []
+    record = training.train(tmp_path, TINY, data=data, say=lines.append)
+    assert calls == [0, 1, 1] and lines[0] == "going on after epoch 1 of 2"
+    assert_same_weights(tmp_path, whole[0])
+    assert [row["loss"] for row in record["history"]] == [row["loss"] for row in whole[1]["history"]]
+
+
+def test_a_finished_run_is_not_trained_again(whole, monkeypatch):
+    monkeypatch.setattr(training, "train_epoch", None)
+    assert training.train(whole[0], TINY, say=lambda line: None) == whole[1]
+
+
+def test_a_file_being_written_never_replaces_the_good_one(tmp_path):
+    path = tmp_path / "state.pt"
+    path.write_text("good")
+
+    def dies(new):
+        new.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training._replace(path, dies)
+    assert path.read_text() == "good"
+
+
+def test_augmentation_moves_whole_pixels_and_nothing_else():
+    images = batch(4, UNSEEN).images
+    out = training.augment(images, torch.Generator().manual_seed(1))
+    assert out.shape == images.shape and out.dtype == torch.uint8 and not torch.equal(out, images)
+    again = training.augment(images, torch.Generator().manual_seed(1))
+    assert torch.equal(out, again)
+    for before, after in zip(images, out, strict=True):
+        assert set(after.unique().tolist()) <= set(before.unique().tolist())
+
+
+def test_evaluate_counts_by_hand():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return torch.eye(len(CLASSES))[torch.tensor([0, 1, 1, 2])]
+
+    images, labels = torch.zeros(4, 3, 96, 96, dtype=torch.uint8), torch.tensor([0, 1, 0, 2])
+    accuracy, per_class = training.evaluate(Fixed(), images, labels)
+    assert accuracy == 0.75
+    assert per_class == {CLASSES[0]: 0.5, CLASSES[1]: 1.0, CLASSES[2]: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "0"], "epochs must be at least 1, but it is 0"),
+        (["--seed", "-4"], "but it is -4"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--learning-rate", "nan"], "learning_rate must be a positive number, but it is nan"),
+        (["--threads", "0"], "1 thread"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        training.main(["--out", str(tmp_path / "new"), *arguments])
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_or_another_run_in_the_way_is_refused(whole, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "state.pt").write_text("not a state")
+    for out, words in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "x", "is a file"),
+        (tmp_path, "state.pt"),
+    ):
+        with pytest.raises(SystemExit):
+            training.main(["--out", str(out)])
+        assert words in capsys.readouterr().err
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["mine", "not a state"]
+    with pytest.raises(ValueError, match="epochs = 2, not 5"):
+        training.train(whole[0], Settings(**{**vars(TINY), "epochs": 5}))
+
+
+def test_the_command_trains_and_reports(tmp_path, capsys):
+    small = {"epochs": 1, "scenes": 12, "held-out": 12, "batch-size": 6, "workers": 0}
+    options = small | {"threads": torch.get_num_threads(), "out": tmp_path}
+    assert training.main([f"--{name}={value}" for name, value in options.items()]) == 0
+    said = capsys.readouterr().out
+    assert "12 of 12 generated" in said and "epoch 1/1" in said and "held out" in said.splitlines()[-1]
