@@ -43,7 +43,9 @@ def missing_kernel(name: str, device: str) -> str:
     if missing_extension is not None:
         return missing_extension
     if device == "cuda" and build_info().get("cuda", "none") == "none":
-        return "The extension was built without CUDA kernels (no nvcc, or a torch without CUDA, at build time)."
+        return (
+            "The extension was built without CUDA kernels (no nvcc, or a torch without CUDA, at build time)."
+        )
     return f"There is no native kernel of convviz::{name} for {device} tensors."
 
 
@@ -89,8 +91,11 @@ def info() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "build": build_info(),
-        "devices": {"cpu_threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
-                    "cuda": devices},
+        "devices": {
+            "cpu_threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cuda": devices,
+        },
         "ops": ops,
         "reason": reason,
     }

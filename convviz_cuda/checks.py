@@ -54,12 +54,16 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_images(name: str, tensor: Tensor) -> None:
     check_float(name, tensor)
     if tensor.dim() != 4:
-        raise ValueError(f"{name} must have the shape (N, C, H, W), but it has the shape {tuple(tensor.shape)}.")
+        raise ValueError(
+            f"{name} must have the shape (N, C, H, W), but it has the shape {tuple(tensor.shape)}."
+        )
 
 
 def batch_outermost(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the first dim is the outermost in memory, so that K signals of one forward can follow each other."""
-    return not size or size[0] == 1 or next(d for d in reference.memory_order(size, stride) if size[d] != 1) == 0
+    return (
+        not size or size[0] == 1 or next(d for d in reference.memory_order(size, stride) if size[d] != 1) == 0
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -93,13 +97,16 @@ def pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilatio
     steps = kernel if stride is None or stride == [] or stride == () else pair("stride", stride, 1)
     pads, gaps = pair("padding", padding, 0), pair("dilation", dilation, 1)
     if any(p > k // 2 for k, p in zip(kernel, pads, strict=True)):
-        raise ValueError(f"padding must be at most half of the kernel_size {kernel_size!r}, but it is {padding!r}.")
+        raise ValueError(
+            f"padding must be at most half of the kernel_size {kernel_size!r}, but it is {padding!r}."
+        )
     return kernel, steps, pads, gaps
 
 
 def pooled_shape(shape: Sequence[int], kernel, stride, padding, dilation, ceil_mode: bool) -> list[int]:
     pooled = [
-        reference.pooled_size(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
+        reference.pooled_size(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode)
+        for i in (0, 1)
     ]
     return [*shape[:2], *pooled]
 

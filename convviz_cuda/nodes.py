@@ -22,12 +22,14 @@ from .reference import DECONVNET, IDENTITY, channels_last, conv2d_input_grad, me
 def _unwrapped(signal: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
     """``(plain, wrap)`` of a vmap wrapper with its batched dim in front, None for a plain tensor.
 
-    There are two kinds: those of :func:`torch.func.vmap` and the older ones of ``autograd.grad(is_grads_batched=True)``.
+    There are two kinds: those of :func:`torch.func.vmap` and the older of ``autograd.grad(is_grads_batched=True)``.
     """
     functorch = torch._C._functorch
     if functorch.is_batchedtensor(signal):
         level, dim = functorch.maybe_get_level(signal), functorch.maybe_get_bdim(signal)
-        return functorch.get_unwrapped(signal).movedim(dim, 0), lambda out: functorch._add_batch_dim(out, 0, level)
+        return functorch.get_unwrapped(signal).movedim(dim, 0), lambda out: functorch._add_batch_dim(
+            out, 0, level
+        )
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     if level > 0 and "Batched" in torch._C._dispatch_key_set(signal):
@@ -126,7 +128,9 @@ class MaxPool2d(Function):
         node = ctx.relu_node
         # The ReLU's output must be gone (nobody can ask for the gradient there) and read by this pooling alone:
         # gating one part of a sum and then adding is another number. A graph being recorded keeps its plain form.
-        fused = node is not None and node.consumers == 1 and node.output() is None and not torch.is_grad_enabled()
+        fused = (
+            node is not None and node.consumers == 1 and node.output() is None and not torch.is_grad_enabled()
+        )
         if not fused:
             return unpool(IDENTITY), None, None, None, None
         gated = unpool(ctx.session.rule_now())

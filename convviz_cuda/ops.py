@@ -60,7 +60,9 @@ def _vmap_merged(
 
     def rule(info, in_dims, grad, *rest):
         op = getattr(torch.ops.convviz, op_name).default
-        alone = in_dims[0] is not None and all(dim is None or isinstance(dim, list | tuple) for dim in in_dims[1:])
+        alone = in_dims[0] is not None and all(
+            dim is None or isinstance(dim, list | tuple) for dim in in_dims[1:]
+        )
         if not alone or grad.dim() < 2 or not fits(grad, *rest):
             return _vmap_loop(op, info, in_dims, (grad, *rest))
         signals = grad.movedim(in_dims[0], 0)
@@ -84,7 +86,9 @@ def _vmap_loop(op, info, in_dims, args):
 
 
 def _looped(op_name: str):
-    return lambda info, in_dims, *args: _vmap_loop(getattr(torch.ops.convviz, op_name).default, info, in_dims, args)
+    return lambda info, in_dims, *args: _vmap_loop(
+        getattr(torch.ops.convviz, op_name).default, info, in_dims, args
+    )
 
 
 # ------------------------------------------------------------------------------------------------ relu
@@ -198,9 +202,13 @@ def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
     check_float("x", x)
     bounds = _bounds(lower, upper)
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("relu_ is not differentiable, but x requires a gradient: use relu, or torch.no_grad().")
+        raise ValueError(
+            "relu_ is not differentiable, but x requires a gradient: use relu, or torch.no_grad()."
+        )
     if x.numel() and not gapless(x.shape, x.stride()):
-        raise ValueError(f"relu_ needs a dense tensor, but x has the shape {tuple(x.shape)} and strides {x.stride()}.")
+        raise ValueError(
+            f"relu_ needs a dense tensor, but x has the shape {tuple(x.shape)} and strides {x.stride()}."
+        )
     return rectify_in_place(x, *bounds)
 
 
@@ -243,15 +251,24 @@ def relu_backward(
     if size:
         check_batch("grad", grad.shape[0], size[0])
     count = math.prod(size)
-    if mask.dtype != torch.uint8 or mask.dim() != 1 or mask.numel() != (count + 7) // 8 or mask.device != grad.device:
+    if (
+        mask.dtype != torch.uint8
+        or mask.dim() != 1
+        or mask.numel() != (count + 7) // 8
+        or mask.device != grad.device
+    ):
         raise ValueError(
             f"mask must be uint8 of {(count + 7) // 8} bytes on {grad.device}, "
             f"but it is {mask.dtype} of the shape {tuple(mask.shape)} on {mask.device}."
         )
     if count and not gapless(size, stride):
-        raise ValueError(f"size and stride must be those of a dense tensor, but they are {size} and {stride}.")
+        raise ValueError(
+            f"size and stride must be those of a dense tensor, but they are {size} and {stride}."
+        )
     if size and grad.shape[0] != size[0] and not batch_outermost(size, stride):
-        raise ValueError(f"Signals that share one forward need its first dim outermost in memory, not {stride}.")
+        raise ValueError(
+            f"Signals that share one forward need its first dim outermost in memory, not {stride}."
+        )
     return relu_backward_op(grad, mask.contiguous(), size, stride, code)
 
 
@@ -303,7 +320,9 @@ def _unpool_context(ctx, inputs, output):
 def _unpool_grad(ctx, grad):
     _only_gradient(ctx.rule)
     if ctx.overwrite:
-        raise RuntimeError("Double backward is defined for overlap='sum' only; overlap='overwrite' is no gradient.")
+        raise RuntimeError(
+            "Double backward is defined for overlap='sum' only; overlap='overwrite' is no gradient."
+        )
     data = reference.switch_gather2d(grad, *ctx.saved_tensors, *ctx.geometry, ctx.rule)
     return (data, *[None] * 8)
 
@@ -396,10 +415,9 @@ def switch_unpool2d(
             f"{grad.device}, but they have the shape {tuple(switches.shape)} on {switches.device}."
         )
     check_batch("grad", grad.shape[0], switches.shape[0])
-    if switches.dtype != reference.switch_dtype(geometry[0]):
-        raise TypeError(
-            f"switches of {kernel_size!r} windows are {reference.switch_dtype(geometry[0])}, but these are {switches.dtype}."
-        )
+    dtype = reference.switch_dtype(geometry[0])
+    if switches.dtype != dtype:
+        raise TypeError(f"switches of {kernel_size!r} windows are {dtype}, but these are {switches.dtype}.")
     size = pair("size", size, 0)
     pooled = [
         [
@@ -421,7 +439,9 @@ def switch_unpool2d(
 
 def _input_grad_fake(grad, weight, size, stride, padding, dilation):
     shape = (grad.shape[0], weight.shape[1], *size)
-    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=reference.memory_format(grad))
+    return torch.empty(
+        shape, dtype=grad.dtype, device=grad.device, memory_format=reference.memory_format(grad)
+    )
 
 
 def _input_grad_context(ctx, inputs, output):
@@ -473,10 +493,13 @@ def conv2d_input_grad(
         )
     if weight.shape[0] != grad.shape[1] or 0 in weight.shape:
         raise ValueError(
-            f"weight must have {grad.shape[1]} output channels and no empty dim, but its shape is {tuple(weight.shape)}."
+            f"weight must have {grad.shape[1]} output channels and no empty dim, "
+            f"but its shape is {tuple(weight.shape)}."
         )
     if weight.shape[1] > FEW_CHANNELS:
-        raise ValueError(f"weight must have at most {FEW_CHANNELS} input channels, but it has {weight.shape[1]}.")
+        raise ValueError(
+            f"weight must have at most {FEW_CHANNELS} input channels, but it has {weight.shape[1]}."
+        )
     size = pair("size", size, 0)
     geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     steps, pads, gaps = geometry
@@ -485,7 +508,8 @@ def conv2d_input_grad(
     ]
     if list(grad.shape[2:]) != expected:
         raise ValueError(
-            f"A convolution of a {tuple(size)} input gives maps of {tuple(expected)}, but grad has {tuple(grad.shape[2:])}."
+            f"A convolution of a {tuple(size)} input gives maps of {tuple(expected)}, "
+            f"but grad has maps of {tuple(grad.shape[2:])}."
         )
     return conv2d_input_grad_op(two_layouts(grad), weight, size, *geometry)
 

@@ -48,7 +48,9 @@ def channels_last(like: Tensor) -> bool:
     # Spelled out, because a tensor under vmap does not answer is_contiguous(memory_format=...).
     _, channels, height, width = like.shape
     strides = (channels * height * width, 1, channels * width, channels)
-    return all(size == 1 or have == want for size, have, want in zip(like.shape, like.stride(), strides, strict=True))
+    return all(
+        size == 1 or have == want for size, have, want in zip(like.shape, like.stride(), strides, strict=True)
+    )
 
 
 def memory_format(like: Tensor) -> torch.memory_format:
@@ -85,7 +87,9 @@ def relu_(x: Tensor, lower: float, upper: float | None) -> Tensor:
     return mask
 
 
-def relu_backward(grad: Tensor, mask: Tensor, size: Sequence[int], stride: Sequence[int], rule: int) -> Tensor:
+def relu_backward(
+    grad: Tensor, mask: Tensor, size: Sequence[int], stride: Sequence[int], rule: int
+) -> Tensor:
     order = memory_order(size, stride)
     count = math.prod(size)
     alive = unpack_bits(mask, count).view([size[dim] for dim in order])
@@ -114,11 +118,12 @@ def switch_dtype(kernel: Sequence[int]) -> torch.dtype:
     return torch.int8 if positions <= 127 else torch.int16 if positions <= 32767 else torch.int32
 
 
-def _window_positions(index: Tensor, out: int, size: int, kernel: int, stride: int, padding: int, dilation: int):
-    """Per output position: where in the window the input coordinate ``index`` lies, and if any is inside."""
-    start = torch.arange(out, device=index.device) * stride - padding
-    steps = torch.arange(kernel, device=index.device) * dilation
-    inside = start[:, None] + steps
+def _windows(
+    out: int, size: int, kernel: int, stride: int, padding: int, dilation: int, device: torch.device
+):
+    """Per position of a window along one dim: where it starts, and whether any of its elements is inside."""
+    start = torch.arange(out, device=device) * stride - padding
+    inside = start[:, None] + torch.arange(kernel, device=device) * dilation
     return start, ((inside >= 0) & (inside < size)).any(1)
 
 
@@ -133,15 +138,22 @@ def relu_max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     layout = memory_format(x)
     if x.numel() == 0:
-        sizes = [pooled_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+        sizes = [
+            pooled_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode)
+            for i in (0, 1)
+        ]
         out = x.new_empty((*x.shape[:2], *sizes)).contiguous(memory_format=layout)
         return out, torch.empty_like(out, dtype=switch_dtype(kernel))
     # Not F.relu, which lets -0.0 through: a closed element is +0.0 everywhere here.
     signal = torch.where(x <= 0, torch.zeros((), dtype=x.dtype, device=x.device), x) if relu else x
     out, index = F.max_pool2d(signal, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     rows, columns = index // x.shape[3], index % x.shape[3]
-    top, any_row = _window_positions(rows, out.shape[2], x.shape[2], kernel[0], stride[0], padding[0], dilation[0])
-    left, any_column = _window_positions(columns, out.shape[3], x.shape[3], kernel[1], stride[1], padding[1], dilation[1])
+    top, any_row = _window_positions(
+        rows, out.shape[2], x.shape[2], kernel[0], stride[0], padding[0], dilation[0]
+    )
+    left, any_column = _window_positions(
+        columns, out.shape[3], x.shape[3], kernel[1], stride[1], padding[1], dilation[1]
+    )
     position = (rows - top[:, None]) // dilation[0] * kernel[1] + (columns - left) // dilation[1]
     if relu:
         position = torch.where(out <= 0, ~position, position)
@@ -194,7 +206,12 @@ def switch_unpool2d(
         canvas[view] = torch.maximum(canvas[view], signal) if overwrite else canvas[view] + signal
         hit[view] |= chosen
         alive[view] |= chosen & upright
-    crop = (slice(None), slice(None), slice(padding[0], padding[0] + size[0]), slice(padding[1], padding[1] + size[1]))
+    crop = (
+        slice(None),
+        slice(None),
+        slice(padding[0], padding[0] + size[0]),
+        slice(padding[1], padding[1] + size[1]),
+    )
     canvas, hit, alive = canvas[crop], hit[crop], alive[crop]
     signal = torch.where(hit, canvas, torch.zeros((), dtype=dtype, device=grad.device))
     return gate(rule, alive, signal).to(grad.dtype).contiguous(memory_format=layout)
@@ -239,7 +256,9 @@ def conv2d_input_grad(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> Tensor:
-    if grad.dtype == torch.float16 and grad.device.type == "cpu":  # PyTorch rounds partial sums to float16 there
+    if (
+        grad.dtype == torch.float16 and grad.device.type == "cpu"
+    ):  # PyTorch rounds partial sums to float16 there
         data = conv2d_input_grad(grad.float(), weight.float(), size, stride, padding, dilation, groups)
         return data.to(grad.dtype)
     shape = (grad.shape[0], weight.shape[1] * groups, *size)
@@ -253,7 +272,9 @@ def conv2d_input_grad(
     else:
         like = grad.new_empty(()).expand(shape)
         weight = weight.contiguous(memory_format=layout)
-        if layout == torch.channels_last:  # of a 1x1 filter both layouts hold, and contiguous() changes nothing
+        if (
+            layout == torch.channels_last
+        ):  # of a 1x1 filter both layouts hold, and contiguous() changes nothing
             per_pixel = weight.shape[1]
             strides = (per_pixel * weight[0, 0].numel(), 1, per_pixel * weight.shape[3], per_pixel)
             weight = weight.as_strided(weight.shape, strides)

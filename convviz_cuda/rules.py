@@ -42,7 +42,7 @@ def _check_rule(rule: str) -> str:
     return rule
 
 
-class backward_rule(TorchFunctionMode):  # noqa: N801 - reads as a function in a with statement, as torch.no_grad
+class backward_rule(TorchFunctionMode):
     """Context in which ReLUs pass the backward signal under a rule.
 
     ::
@@ -174,7 +174,15 @@ def _rectify(session, func, x, lower, upper, inplace, plain):
 
 
 def _relu(session, func, input, inplace=False):
-    return _rectify(session, func, input, 0.0, None, inplace, lambda: func(input, inplace=True) if inplace else func(input))
+    return _rectify(
+        session,
+        func,
+        input,
+        0.0,
+        None,
+        inplace,
+        lambda: func(input, inplace=True) if inplace else func(input),
+    )
 
 
 def _relu_method(session, func, input):
@@ -201,7 +209,15 @@ def _hardtanh_inplace(session, func, input, min_val=-1.0, max_val=1.0):
 
 
 def _max_pool2d(
-    session, func, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+    session,
+    func,
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    dilation=1,
+    ceil_mode=False,
+    return_indices=False,
 ):
     if return_indices or not _recorded(input) or input.dim() not in (3, 4):
         extra = {"return_indices": True} if return_indices else {}
@@ -217,7 +233,11 @@ def _max_pool2d(
 
 
 def _pair(value: Any) -> list[int]:
-    return [int(v) for v in value] * (2 if len(value) == 1 else 1) if isinstance(value, tuple | list) else [value] * 2
+    return (
+        [int(v) for v in value] * (2 if len(value) == 1 else 1)
+        if isinstance(value, tuple | list)
+        else [value] * 2
+    )
 
 
 def _constant(parameter: Any) -> Any:
@@ -238,7 +258,16 @@ def _affine(session, func, input, weight, bias=None, *args, **kwargs):
 
 
 def _batch_norm(
-    session, func, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    session,
+    func,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
 ):
     weight, bias = _constant(weight), _constant(bias)
     if training or running_mean is None or running_var is None:

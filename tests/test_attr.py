@@ -107,7 +107,9 @@ def test_neurons_equal_captum(images, name, layer, of_input):
             name, model, images.clone(), selector, where=model[int(layer)], attribute_to_neuron_input=of_input
         )
         for where in (layer, model[int(layer)]):
-            found = getattr(attr, name)(model, where).attribute(images, selector, attribute_to_neuron_input=of_input)
+            found = getattr(attr, name)(model, where).attribute(
+                images, selector, attribute_to_neuron_input=of_input
+            )
             assert_equal_to(found, expected)
 
 
@@ -192,7 +194,9 @@ def test_neuron_deconvolution_is_the_papers_deconvnet(kernel, stride):
     signal[:, channel, row, column] = 1.0
     signal = F.conv_transpose2d(F.relu(signal), conv2.weight, padding=1)
     # Windows may share a maximum: their signals are summed, as scatter_add does.
-    unpooled = torch.zeros_like(h1).flatten(2).scatter_add(2, switches.flatten(2), signal.flatten(2)).view(h1.shape)
+    unpooled = (
+        torch.zeros_like(h1).flatten(2).scatter_add(2, switches.flatten(2), signal.flatten(2)).view(h1.shape)
+    )
     rows = (x.shape[2] + 2 - 5) % 2, (x.shape[3] + 2 - 5) % 2
     expected = F.conv_transpose2d(F.relu(unpooled), conv1.weight, stride=2, padding=1, output_padding=rows)
 
@@ -252,7 +256,9 @@ def test_many_targets_equal_single_calls(images, name):
     for at_once in (None, 1, 2, 5, 100):
         assert_equal_to(method.attribute_many(images, targets, targets_per_pass=at_once), expected)
     assert_equal_to(method.attribute_many(images, torch.tensor([3, 6])), expected[:2])
-    assert_equal_to(method.attribute_many(images, torch.tensor([[0, 1, 2, 6], [6, 5, 4, 3]])), expected[[2, 4]])
+    assert_equal_to(
+        method.attribute_many(images, torch.tensor([[0, 1, 2, 6], [6, 5, 4, 3]])), expected[[2, 4]]
+    )
     assert method.attribute_many(images, []).shape == (0, *images.shape)
 
 
@@ -285,7 +291,9 @@ def test_many_targets_where_nothing_can_be_batched(images):
             return signal * (2 if signal.sum().item() == signal.sum().item() else 0)
 
     model = net()
-    method = attr.GuidedBackprop(nn.Sequential(model, type("Double", (nn.Module,), {"forward": lambda s, x: Odd.apply(x)})()))
+    method = attr.GuidedBackprop(
+        nn.Sequential(model, type("Double", (nn.Module,), {"forward": lambda s, x: Odd.apply(x)})())
+    )
     expected = torch.stack([method.attribute(images, t) for t in (1, 4)])
     assert_equal_to(method.attribute_many(images, [1, 4]), expected)
 
@@ -358,7 +366,13 @@ def test_bad_targets(images, name, target, error, text):
 
 @pytest.mark.parametrize(
     ("selector", "error"),
-    [((0, 50, 0), IndexError), ((0, 1, 1, 1), AssertionError), ("0", AssertionError), (0, AssertionError), (1.5, AssertionError)],
+    [
+        ((0, 50, 0), IndexError),
+        ((0, 1, 1, 1), AssertionError),
+        ("0", AssertionError),
+        (0, AssertionError),
+        (1.5, AssertionError),
+    ],
 )
 def test_bad_selectors(images, selector, error):
     with pytest.raises(error):
@@ -403,7 +417,9 @@ def test_several_inputs_and_additional_arguments(images):
         assert isinstance(found, tuple)
         for one, other in zip(found, expected, strict=True):
             assert_equal_to(one, other.detach())
-        many = getattr(attr, name)(Two()).attribute_many((images, b), [1, 2], additional_forward_args=(scale, True))
+        many = getattr(attr, name)(Two()).attribute_many(
+            (images, b), [1, 2], additional_forward_args=(scale, True)
+        )
         assert [m.shape for m in many] == [(2, *images.shape), (2, *b.shape)]
         assert_equal_to(many[1][1], expected[1].detach())
 
@@ -454,7 +470,9 @@ def test_a_model_that_views(images, name):
             return self.layers[10](x.view(x.size(0), -1))
 
     assert_equal_to(
-        getattr(attr, name)(Viewing()).attribute(images, 1), getattr(attr, name)(net()).attribute(images, 1), 0.0
+        getattr(attr, name)(Viewing()).attribute(images, 1),
+        getattr(attr, name)(net()).attribute(images, 1),
+        0.0,
     )
 
 
@@ -518,4 +536,8 @@ def test_zfnet_at_full_size():
     torch.manual_seed(0)
     model = zfnet(10).eval()
     x = torch.randn(1, 3, 224, 224)
-    assert_equal_to(attr.GuidedBackprop(model).attribute(x, 1), by_captum("GuidedBackprop", model, x.clone(), target=1), 1e-5)
+    assert_equal_to(
+        attr.GuidedBackprop(model).attribute(x, 1),
+        by_captum("GuidedBackprop", model, x.clone(), target=1),
+        1e-5,
+    )

@@ -185,7 +185,9 @@ def gates(monkeypatch):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("pool", [(2, 2, 0, 1, False), (3, 2, 0, 1, True), (3, 2, 1, 1, False), (2, 1, 1, 2, False)])
+@pytest.mark.parametrize(
+    "pool", [(2, 2, 0, 1, False), (3, 2, 0, 1, True), (3, 2, 1, 1, False), (2, 1, 1, 2, False)]
+)
 def test_unpooling_gates_in_the_same_pass(images, gates, rule, pool):
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.MaxPool2d(*pool[:4], ceil_mode=pool[4]))
     net = net.append(nn.Conv2d(6, 4, 2)).double()
@@ -345,7 +347,9 @@ def test_lrn_is_the_identity_of_the_deconvnet():
 
 
 def test_weights_are_constants_and_get_no_grad(images):
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 12 * 11, 4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 12 * 11, 4)
+    )
     net = net.double().eval()
     x = images.requires_grad_()
     with cv.backward_rule("gradient"):
@@ -356,7 +360,9 @@ def test_weights_are_constants_and_get_no_grad(images):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_follows_autograd(dtype):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(8, 4, 3))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(8, 4, 3)
+    )
     net = net.to(dtype).eval()
     x = torch.randn(2, 3, 17, 15).to(dtype).requires_grad_()
     with cv.backward_rule("gradient"):
@@ -475,7 +481,10 @@ def test_double_backward(images):
             return torch.autograd.grad((first * weights(*x.shape, seed=8)).sum(), x)[0]
 
     torch.testing.assert_close(
-        hessian_vector(cv.backward_rule("gradient")), hessian_vector(contextlib.nullcontext()), rtol=1e-10, atol=1e-10
+        hessian_vector(cv.backward_rule("gradient")),
+        hessian_vector(contextlib.nullcontext()),
+        rtol=1e-10,
+        atol=1e-10,
     )
     for rule in ("guided", "deconvnet"):
         with pytest.raises(RuntimeError, match=f"Double backward through the {rule} rule"):
@@ -489,7 +498,11 @@ def test_batched_signals_equal_a_loop(images, rule):
         nn.Conv2d(6, 7, 2), nn.ReLU6(), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(28, 5),
     ).double().eval()  # fmt: skip
     for layout in (torch.contiguous_format, torch.channels_last):
-        x = images.contiguous(memory_format=layout).clone(memory_format=torch.preserve_format).requires_grad_()
+        x = (
+            images.contiguous(memory_format=layout)
+            .clone(memory_format=torch.preserve_format)
+            .requires_grad_()
+        )
         seeds = weights(4, 2, 5, seed=6)
         with cv.backward_rule(rule):
             y = model(x)
@@ -502,7 +515,9 @@ def test_batched_signals_equal_a_loop(images, rule):
 
 def test_what_is_kept_between_forward_and_backward(images):
     """1 bit an element of a ReLU, 1 byte a window of a pooling; nothing of a convolution but its weight."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU())
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU()
+    )
     kept = []
     x = torch.randn(2, 3, 16, 16).requires_grad_()
     parameters = {p.data_ptr() for p in net.parameters()}
@@ -529,7 +544,8 @@ def test_unknown_rules_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("layer", "text"), [(nn.BatchNorm2d(6), "Batch norm runs in training"), (nn.Dropout(0.3), r"Dropout \(p=0.3\)")]
+    ("layer", "text"),
+    [(nn.BatchNorm2d(6), "Batch norm runs in training"), (nn.Dropout(0.3), r"Dropout \(p=0.3\)")],
 )
 def test_training_mode_is_warned_about(images, layer, text):
     with pytest.warns(UserWarning, match=text), cv.backward_rule("guided"):

@@ -10,7 +10,9 @@ import torch
 from convviz_cuda import attr, backward_rule
 
 pytestmark = pytest.mark.torchvision
-models = pytest.importorskip("torchvision.models", reason="torchvision is not installed beside this torch", exc_type=ImportError)
+models = pytest.importorskip(
+    "torchvision.models", reason="torchvision is not installed beside this torch", exc_type=ImportError
+)
 
 # name: (pixels, Captum's guided backprop is right there: all ReLUs are modules and read alone)
 NETWORKS = {
@@ -33,7 +35,9 @@ def network(name: str) -> torch.nn.Module:
 @pytest.fixture(params=NETWORKS)
 def case(request):
     pixels, captum_is_right = NETWORKS[request.param]
-    images = torch.randn(1, 3, pixels, pixels, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(
+        1, 3, pixels, pixels, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     return network(request.param), images, captum_is_right
 
 

@@ -39,7 +39,10 @@ def gradients(scores: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def many_gradients(
-    output: Tensor, inputs: tuple[Tensor, ...], scores: Sequence[Callable[[Tensor], Tensor]], at_once: int | None
+    output: Tensor,
+    inputs: tuple[Tensor, ...],
+    scores: Sequence[Callable[[Tensor], Tensor]],
+    at_once: int | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of K scores of one output, ``(K, *input.shape)`` for each input, by batched backward passes."""
     if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
@@ -184,8 +187,8 @@ class NeuronAttribution(GradientAttribution):
 
         Args:
             inputs: a float tensor ``(N, ...)`` or a tuple of them.
-            neuron_selector: index of the neuron without the batch dim, an int or a tuple of ints and slices (the neurons
-                of a slice are summed); or a callable from the layer's output to ``(N,)`` or ``(N, 1)`` scores.
+            neuron_selector: index of the neuron without the batch dim, an int or a tuple of ints and slices (the
+                neurons of a slice are summed); or a callable from the layer's output to ``(N,)`` or ``(N, 1)`` scores.
             additional_forward_args: passed on behind the inputs.
             attribute_to_neuron_input: select from the layer's input instead of its output.
 
@@ -218,7 +221,9 @@ class NeuronAttribution(GradientAttribution):
         Returns:
             ``(K, N, ...)`` for each input.
         """
-        scores = [lambda output, s=selector: select_neuron(output, s) for selector in target_list(neuron_selectors)]
+        scores = [
+            lambda output, s=selector: select_neuron(output, s) for selector in target_list(neuron_selectors)
+        ]
 
         def differentiate(output: Any, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return many_gradients(output, xs, scores, targets_per_pass)
@@ -248,7 +253,9 @@ class NeuronAttribution(GradientAttribution):
             seen: list[Any] = []
             # Whatever fails behind the layer (a model that does not bear a single example, say) fails unseen.
             with torch.no_grad(), contextlib.suppress(Exception):
-                self._run_to_layer(tuple(x.detach() if whole else x.detach()[:1] for x in xs), args, False, None, seen)
+                self._run_to_layer(
+                    tuple(x.detach() if whole else x.detach()[:1] for x in xs), args, False, None, seen
+                )
             self._runs = len(seen) or None
         return self._runs
 
@@ -265,7 +272,9 @@ class NeuronAttribution(GradientAttribution):
                     raise _Stop
 
         if of_input:
-            handle = self.layer.register_forward_pre_hook(lambda _, got: keep(got[0] if len(got) == 1 else got))
+            handle = self.layer.register_forward_pre_hook(
+                lambda _, got: keep(got[0] if len(got) == 1 else got)
+            )
         else:
             handle = self.layer.register_forward_hook(lambda _, got, gave: keep(gave))
         try:
@@ -289,5 +298,7 @@ def find_layer(model: nn.Module, layer: nn.Module | str) -> nn.Module:
     modules = dict(model.named_modules())
     if not isinstance(layer, str) or layer not in modules:
         names = ", ".join(name for name in modules if name)
-        raise ValueError(f"layer must be a module or a layer's name, but it is {layer!r}. The model's layers: {names}.")
+        raise ValueError(
+            f"layer must be a module or a layer's name, but it is {layer!r}. The model's layers: {names}."
+        )
     return modules[layer]

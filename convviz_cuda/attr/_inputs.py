@@ -26,7 +26,9 @@ def as_tuple(inputs: Any) -> tuple[Tensor, ...]:
 def extra_args(additional_forward_args: Any) -> tuple[Any, ...]:
     if additional_forward_args is None:
         return ()
-    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    return (
+        additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    )
 
 
 def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -36,7 +38,9 @@ def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     channels_last, so 32-bit and 16-bit images are turned once; :func:`restore` turns the result back.
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("Attributions need autograd, which torch.inference_mode() turns off: use torch.no_grad().")
+        raise RuntimeError(
+            "Attributions need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
+        )
     out = []
     for index, tensor in enumerate(inputs):
         if not tensor.is_floating_point():
@@ -76,7 +80,9 @@ def select_target(output: Tensor, target: Target) -> Tensor:
 
     Raises AssertionError for a missing or ill-shaped target and IndexError for one out of range.
     """
-    assert isinstance(output, Tensor), f"The forward function must return a tensor, but it returned {type(output)}."
+    assert isinstance(output, Tensor), (
+        f"The forward function must return a tensor, but it returned {type(output)}."
+    )
     if target is None:
         assert output.dim() == 0 or output[:1].numel() <= 1, (
             "Target not provided when necessary, cannot take gradient with respect to multiple outputs: "
@@ -104,7 +110,9 @@ def select_target(output: Tensor, target: Target) -> Tensor:
             f"Target list length does not match output! {len(target)} targets for output shape {tuple(output.shape)}."
         )
         rows = [(int(t),) if _is_int(t) else t for t in target]
-        assert all(isinstance(row, tuple) for row in rows), f"Target list must hold ints or tuples, not {target!r}."
+        assert all(isinstance(row, tuple) for row in rows), (
+            f"Target list must hold ints or tuples, not {target!r}."
+        )
         if output.dim() == 2 and all(len(row) == 1 for row in rows):
             columns = torch.tensor([row[0] for row in rows], device=output.device)
             selected = output[torch.arange(len(rows), device=output.device), columns]
@@ -129,7 +137,9 @@ def target_list(targets: Any) -> list[Target]:
         assert targets.dim() in (1, 2), (
             f"targets must have the shape (K,) or (K, N), but they have the shape {tuple(targets.shape)}."
         )
-        return [int(t) for t in targets.tolist()] if targets.dim() == 1 else [list(t) for t in targets.tolist()]
+        return (
+            [int(t) for t in targets.tolist()] if targets.dim() == 1 else [list(t) for t in targets.tolist()]
+        )
     if isinstance(targets, str) or not isinstance(targets, Sequence | Iterable):
         raise TypeError(f"targets must be a list of targets, but it is {targets!r}.")
     return list(targets)
@@ -139,16 +149,23 @@ def select_neuron(layer_output: Any, selector: Selector) -> Tensor:
     """The activation that a selector names, one for each example: slices are summed, callables see the whole output."""
     if callable(selector):
         selected = selector(layer_output)
-        assert isinstance(selected, Tensor), f"The neuron selector must return a tensor, but returned {type(selected)}."
+        assert isinstance(selected, Tensor), (
+            f"The neuron selector must return a tensor, but returned {type(selected)}."
+        )
         return selected
     if isinstance(layer_output, tuple):
         assert len(layer_output) == 1, (
-            "Cannot select neuron index from layer with multiple tensors, consider providing a neuron selector function."
+            "Cannot select neuron index from layer with multiple tensors, "
+            "consider providing a neuron selector function."
         )
         layer_output = layer_output[0]
-    assert isinstance(layer_output, Tensor), f"The layer gave a {type(layer_output)}, which has no neurons to select."
+    assert isinstance(layer_output, Tensor), (
+        f"The layer gave a {type(layer_output)}, which has no neurons to select."
+    )
     index = (int(selector),) if _is_int(selector) else selector
-    assert isinstance(index, tuple), f"neuron_selector must be an int, a tuple or a callable, but it is {selector!r}."
+    assert isinstance(index, tuple), (
+        f"neuron_selector must be an int, a tuple or a callable, but it is {selector!r}."
+    )
     selected = _column(layer_output, index)
     if any(isinstance(part, slice) for part in index):
         selected = selected.flatten(1).sum(1)

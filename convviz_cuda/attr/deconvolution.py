@@ -26,7 +26,7 @@ class Deconvolution(TargetAttribution):
 
 
 class NeuronDeconvolution(NeuronAttribution):
-    """The deconvnet's projection of a neuron to the pixels (Zeiler & Fergus 2013, section 2.1), with Captum's signature.
+    """The deconvnet's projection of a neuron to pixels (Zeiler & Fergus 2013, section 2.1), with Captum's signature.
 
     Args:
         model: an ``nn.Module``.
