@@ -148,11 +148,9 @@ def relu_max_pool2d(
     signal = torch.where(x <= 0, torch.zeros((), dtype=x.dtype, device=x.device), x) if relu else x
     out, index = F.max_pool2d(signal, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     rows, columns = index // x.shape[3], index % x.shape[3]
-    top, any_row = _window_positions(
-        rows, out.shape[2], x.shape[2], kernel[0], stride[0], padding[0], dilation[0]
-    )
-    left, any_column = _window_positions(
-        columns, out.shape[3], x.shape[3], kernel[1], stride[1], padding[1], dilation[1]
+    (top, any_row), (left, any_column) = (
+        _windows(out.shape[2 + i], x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], x.device)
+        for i in (0, 1)
     )
     position = (rows - top[:, None]) // dilation[0] * kernel[1] + (columns - left) // dilation[1]
     if relu:

@@ -133,7 +133,7 @@ def _warn(message: str) -> None:
 
 
 def _collect(values: Iterable[Any], tensors: list[Tensor]) -> None:
-    """Appends the tensors among ``values`` and in the tuples, lists and dicts there. Runs at every call of a forward."""
+    """Appends the tensors among ``values`` and in the tuples, lists and dicts there."""
     for value in values:
         if isinstance(value, Tensor):
             tensors.append(value)

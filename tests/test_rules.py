@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 import warnings
 
@@ -309,7 +310,7 @@ LAYERS = {
 def ready(layer: nn.Module) -> nn.Module:
     layer = copy.deepcopy(layer).double().eval()
     generator = torch.Generator().manual_seed(3)
-    for name, buffer in layer.named_buffers():
+    for buffer in layer.buffers():
         if buffer.is_floating_point():
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     return layer
@@ -508,7 +509,8 @@ def test_batched_signals_equal_a_loop(images, rule):
             y = model(x)
             loop = torch.stack([torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in seeds])
             old = torch.autograd.grad(y, x, seeds, is_grads_batched=True, retain_graph=True)[0]
-            new = torch.func.vmap(lambda seed: torch.autograd.grad(y, x, seed, retain_graph=True)[0])(seeds)
+            back = functools.partial(torch.autograd.grad, y, x, retain_graph=True)
+            new = torch.func.vmap(lambda seed, back=back: back(seed)[0])(seeds)
         torch.testing.assert_close(old, loop, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(new, loop, rtol=1e-12, atol=1e-12)
 
