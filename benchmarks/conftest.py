@@ -38,7 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(config.getoption("--threads"))
     # Captum warns at every call: that it sets hooks, that it asks for a gradient.
     config.addinivalue_line("filterwarnings", "ignore::UserWarning:captum")
-    config.stash[_REPORT] = Report(config.getoption("--clock"))
+    folder = config.getoption("--results")
+    if folder is None and not config.getoption("--quick"):
+        folder = config.rootpath / "build" / "benchmarks"
+    config.stash[_REPORT] = Report(config.getoption("--clock"), folder)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -48,11 +51,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section(f"{OURS} against the others: median, and the other's median / ours")
     for line in table(report.rows, config.getoption("--goals")):
         terminalreporter.line(line)
-    folder = config.getoption("--results")
-    if folder is None and not config.getoption("--quick"):
-        folder = config.rootpath / "build" / "benchmarks"
-    if folder is not None:
-        terminalreporter.line(f"\nwritten to {report.write(folder)}")
+    if report.folder is not None:
+        terminalreporter.line(f"\nwritten to {report.write(report.folder)}")
 
 
 @pytest.fixture(scope="session")

@@ -59,14 +59,17 @@ def table(rows: list[dict[str, Any]], goals: bool) -> list[str]:
 
 
 class Report:
-    """The comparisons of one pytest session."""
+    """The comparisons of one pytest session, written to ``folder`` after each, so that none is lost."""
 
-    def __init__(self, clock: str) -> None:
+    def __init__(self, clock: str, folder: Path | None) -> None:
         self.facts = facts(clock)
+        self.folder = folder
         self.rows: list[dict[str, Any]] = []
 
     def add(self, comparison: Comparison) -> None:
         self.rows.append(comparison.as_json())
+        if self.folder is not None:
+            self.write(self.folder)
 
     def write(self, folder: Path) -> Path:
         """Into ``DATE-MACHINE.json`` and ``.md``; earlier cases of the same day, machine and commit stay."""

@@ -48,17 +48,11 @@ struct ReluForward {
   CONVVIZ_HD void operator()(int64_t i) const {
     const int64_t first = i * V;
     if (aligned && first + V <= args.numel) {
-      T values[V];
-      load_pack(args.x + first, values);
-      uint8_t alive[V];
-      CONVVIZ_LANES
-      for (int l = 0; l < V; ++l) clamp(values[l], alive[l]);
-      store_pack(args.out + first, values);
-      uint8_t bits[V / 8];
-      CONVVIZ_LANES
-      for (int b = 0; b < V / 8; ++b) bits[b] = pack_bits(alive + 8 * b);
-      CONVVIZ_LANES
-      for (int b = 0; b < V / 8; ++b) args.mask[i * (V / 8) + b] = bits[b];
+      if (args.upper != args.upper) {
+        block<false>(first);
+      } else {
+        block<true>(first);
+      }
       return;
     }
     for (int64_t start = first; start < min_of(first + V, args.numel); start += 8) {
@@ -66,18 +60,34 @@ struct ReluForward {
       for (int l = 0; l < 8; ++l) {
         if (start + l >= args.numel) break;
         T value = args.x[start + l];
-        clamp(value, alive[l]);
+        clamp<true>(value, alive[l]);
         args.out[start + l] = value;
       }
       args.mask[start / 8] = pack_bits(alive);
     }
   }
 
-  // NaN is neither below nor above: it stays, and stays alive.
+  template <bool UPPER>
+  CONVVIZ_HD void block(int64_t first) const {
+    T values[V];
+    load_pack(args.x + first, values);
+    uint8_t alive[V];
+    CONVVIZ_LANES
+    for (int l = 0; l < V; ++l) clamp<UPPER>(values[l], alive[l]);
+    store_pack(args.out + first, values);
+    uint8_t bits[V / 8];
+    CONVVIZ_LANES
+    for (int b = 0; b < V / 8; ++b) bits[b] = pack_bits(alive + 8 * b);
+    CONVVIZ_LANES
+    for (int b = 0; b < V / 8; ++b) args.mask[first / 8 + b] = bits[b];
+  }
+
+  // NaN is neither below nor above: it stays, and stays alive. UPPER: there may be an upper bound.
+  template <bool UPPER>
   CONVVIZ_HD void clamp(T& value, uint8_t& alive) const {
     const acc_t<T> v = to_acc(value);
-    const bool low = v <= args.lower, high = v >= args.upper;
-    alive = static_cast<uint8_t>(!low & !high);
+    const bool low = v <= args.lower, high = UPPER && v >= args.upper;
+    alive = low ? 0 : high ? 0 : 1;
     const T clipped = high ? static_cast<T>(args.upper) : value;
     value = low ? static_cast<T>(args.lower) : clipped;
   }
