@@ -165,7 +165,8 @@ class Conv2d(Function):
 
 def _few_channels(signal: Tensor, weight: Tensor) -> bool:
     """Where our data gradient is the faster one: see benchmarks/test_ops.py, group conv2d_input_grad."""
-    return weight.shape[1] <= ops.FEW_CHANNELS and signal.device.type == "cpu" and channels_last(signal)
+    measured = signal.device.type == "cpu" and signal.dtype == torch.float32 and channels_last(signal)
+    return measured and weight.shape[1] <= ops.FEW_CHANNELS
 
 
 class BatchNormEval(Function):

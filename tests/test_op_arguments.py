@@ -227,7 +227,7 @@ REFUSED = [
         conv,
         {"size": (6, 7)},
         ValueError,
-        "A convolution of a (6, 7) input gives maps of (4, 5), but grad has (4, 4).",
+        "A convolution of a (6, 7) input gives maps of (4, 5), but grad has maps of (4, 4).",
     ),
     (
         ops.max_abs_channels,

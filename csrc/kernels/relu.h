@@ -76,18 +76,19 @@ struct ReluForward {
     for (int l = 0; l < V; ++l) clamp<UPPER>(values[l], alive[l]);
     store_pack(args.out + first, values);
     uint8_t bits[V / 8];
-    CONVVIZ_LANES
+    CONVVIZ_UNROLL
     for (int b = 0; b < V / 8; ++b) bits[b] = pack_bits(alive + 8 * b);
-    CONVVIZ_LANES
-    for (int b = 0; b < V / 8; ++b) args.mask[first / 8 + b] = bits[b];
+    uint8_t* mask = args.mask + first / 8;
+    CONVVIZ_UNROLL
+    for (int b = 0; b < V / 8; ++b) mask[b] = bits[b];
   }
 
   // NaN is neither below nor above: it stays, and stays alive. UPPER: there may be an upper bound.
   template <bool UPPER>
   CONVVIZ_HD void clamp(T& value, uint8_t& alive) const {
     const acc_t<T> v = to_acc(value);
-    const bool low = v <= args.lower, high = UPPER && v >= args.upper;
-    alive = low ? 0 : high ? 0 : 1;
+    const bool low = v <= args.lower, high = UPPER & (v >= args.upper);
+    alive = static_cast<uint8_t>(!(low | high));
     const T clipped = high ? static_cast<T>(args.upper) : value;
     value = low ? static_cast<T>(args.lower) : clipped;
   }

@@ -131,6 +131,19 @@ CONVVIZ_HD bool is_aligned(const T* pointer) {
 #define CONVVIZ_CHECK_ALIGNED(pointer, alignment)
 #endif
 
+// On the CPU. A block that fills several registers is copied as the loops around it are vectorised: with
+// memcpy GCC takes its widest registers, and a wide load of what was just written by narrow stores has to
+// wait for all of them.
+template <int V, class T>
+CONVVIZ_HD void copy_lanes(const T* from, T* to) {
+  if (sizeof(T) * V <= 64) {
+    std::memcpy(to, from, sizeof(T) * V);
+  } else {
+    CONVVIZ_LANES
+    for (int l = 0; l < V; ++l) to[l] = from[l];
+  }
+}
+
 template <int V, class T>
 CONVVIZ_HD void load_pack(const T* from, T (&to)[V]) {
 #if CONVVIZ_ALIGNED_PACKS
@@ -139,7 +152,7 @@ CONVVIZ_HD void load_pack(const T* from, T (&to)[V]) {
   CONVVIZ_LANES
   for (int l = 0; l < V; ++l) to[l] = pack.lane[l];
 #else
-  std::memcpy(to, from, sizeof(to));
+  copy_lanes<V>(from, to);
 #endif
 }
 
@@ -152,7 +165,7 @@ CONVVIZ_HD void store_pack(T* to, const T (&from)[V]) {
   for (int l = 0; l < V; ++l) pack.lane[l] = from[l];
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 #else
-  std::memcpy(to, from, sizeof(from));
+  copy_lanes<V>(from, to);
 #endif
 }
 
