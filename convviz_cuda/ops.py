@@ -214,6 +214,8 @@ def relu_(x: Tensor, lower: float = 0.0, upper: float | None = None) -> Tensor:
 
 def rectify_in_place(x: Tensor, lower: float, upper: float | None) -> Tensor:
     """The bare op, and the count of changes by which autograd notices that a tensor it kept is no longer the same."""
+    if torch.compiler.is_compiling():  # the compiler sees the change in the schema
+        return relu_inplace_op(x, lower, upper)
     counted = not x.is_inference()
     version = x._version if counted else 0
     mask = relu_inplace_op(x, lower, upper)

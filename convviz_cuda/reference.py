@@ -31,7 +31,14 @@ def gate(rule: int, alive: Tensor, signal: Tensor) -> Tensor:
 
 def memory_order(size: Sequence[int], stride: Sequence[int]) -> list[int]:
     """The dims from the outermost to the innermost in memory, of a dense layout."""
-    return sorted(range(len(size)), key=lambda dim: (-stride[dim] if size[dim] != 1 else -math.inf, dim))
+    order: list[int] = []
+    # By insertion, because torch.compile cannot sort by symbolic strides. Dims of size 1 go to the front.
+    for dim, extent in enumerate(size):
+        place = 0 if extent == 1 else len(order)
+        while place and size[order[place - 1]] != 1 and stride[order[place - 1]] < stride[dim]:
+            place -= 1
+        order.insert(place, dim)
+    return order
 
 
 def batched_stride(size: Sequence[int], stride: Sequence[int], batch: int) -> list[int]:

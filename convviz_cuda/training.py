@@ -58,8 +58,8 @@ class Settings:
         for name in ("epochs", "scenes", "held_out", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed must lie in 0 .. 2**62 - 1, but it is {self.seed}.")
+        if not 0 <= self.seed < 2**40:
+            raise ValueError(f"seed must lie in 0 .. 2**40 - 1, but it is {self.seed}.")
         if not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be a positive number, but it is {self.learning_rate}.")
         if not 0.0 <= self.weight_decay < math.inf:
@@ -117,7 +117,7 @@ def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, settings: Settings, epoch: int
 ) -> tuple[float, float]:
     """One pass (``epoch`` counts from 0); returns mean loss and accuracy, both of the augmented scenes."""
-    seed = int(np.random.SeedSequence((settings.seed, epoch)).generate_state(1, np.uint64)[0])
+    seed = settings.seed * 1_000_003 + epoch
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for a model with dropout, which draws from the global generator
     model.train()
@@ -125,9 +125,10 @@ def train_epoch(
     steps = math.ceil(len(order) / settings.batch_size)
     warm_up = min(_WARM_UP, steps * settings.epochs)
     loss_sum = correct = 0.0
-    for step, index in enumerate(order.split(settings.batch_size), start=epoch * steps):
-        cosine = 0.5 * (1.0 + math.cos(math.pi * step / (steps * settings.epochs)))
-        rate = settings.learning_rate * cosine * min(1.0, (step + 1) / warm_up)
+    for step, index in enumerate(order.split(settings.batch_size)):
+        done = (epoch + step / steps) / settings.epochs
+        warm = min(1.0, (epoch * steps + step + 1) / warm_up)
+        rate = settings.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = rate
         inputs = preprocess(augment(data.images[index], generator))
         logits = model(inputs.contiguous(memory_format=torch.channels_last))

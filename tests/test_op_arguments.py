@@ -98,12 +98,12 @@ REFUSED = [
     *(
         (
             call,
-            {"padding": (0, 2), "dilation": dilation},
+            {"kernel_size": kernel, "padding": (0, 2), "dilation": dilation},
             ValueError,
             "at most half of",
         )
         for call in (pool, unpool)
-        for dilation in (1, 3)  # which does not count, as in PyTorch
+        for kernel, dilation in ((2, 1), (3, 1), (2, 3))  # the dilation does not count, as in PyTorch
     ),
     *(
         (

@@ -25,6 +25,13 @@ struct UnpoolArgs {
   bool overwrite;  // of several gradients for one position take the largest, not the sum
 };
 
+// The signal at a position after one more window has pointed at it; `first` if none has before.
+template <bool OVERWRITE, class A>
+CONVVIZ_HD A combined(A signal, A value, bool first) {
+  if (!OVERWRITE) return signal + value;
+  return first | (value > signal) | (value != value) ? value : signal;
+}
+
 // Where the first lane's windows are: a gradient and a switch for window (oh, ow). The next lane's are `lane`
 // elements on in the gradient and one in the switches.
 template <class T, class S>
@@ -38,12 +45,31 @@ struct StridedWindows {
   }
 };
 
+// Adds the gradients of those lanes whose switch is p or ~p.
+template <bool OVERWRITE, int V, class T, class S>
+CONVVIZ_HD void add_lanes(S p, const S (&chosen)[V], const T (&values)[V], acc_t<T> (&signal)[V],
+                          S (&found)[V]) {
+  CONVVIZ_LANES
+  for (int l = 0; l < V; ++l) {
+    const S at = static_cast<S>(chosen[l] < 0 ? ~chosen[l] : chosen[l]);
+    const acc_t<T> value = to_acc(values[l]);
+    if (OVERWRITE) {
+      const acc_t<T> next = combined<true>(signal[l], value, found[l] == 0);
+      signal[l] = at == p ? next : signal[l];
+      found[l] |= static_cast<S>(at == p ? 1 : 0);
+    } else {
+      signal[l] = combined<false>(signal[l], at == p ? value : acc_t<T>(0), false);
+    }
+    found[l] |= static_cast<S>(chosen[l] == p ? 2 : 0);
+  }
+}
+
 // V input positions side by side: neighbouring channels, or positions of a row one pooling stride apart,
 // which then belong to neighbouring windows. CHECK: lane l looks at window ow + l of a row, which may not
 // exist. UNIT: windows.lane is 1.
-template <int V, bool CHECK, bool UNIT, class T, class S, class Windows>
-CONVVIZ_HD void unpool(const UnpoolArgs<T, S>& args, const Cover& h, const Cover& w, const Windows& windows,
-                       bool packed, T (&result)[V]) {
+template <int V, bool CHECK, bool UNIT, class T, class S>
+CONVVIZ_HD void unpool(const UnpoolArgs<T, S>& args, const Cover& h, const Cover& w,
+                       const StridedWindows<T, S>& windows, bool packed, T (&result)[V]) {
   using A = acc_t<T>;
   constexpr S nowhere = std::numeric_limits<S>::min();  // the switch of a window without a position
   A signal[V];
@@ -88,21 +114,9 @@ CONVVIZ_HD void unpool(const UnpoolArgs<T, S>& args, const Cover& h, const Cover
         }
       }
       if (args.overwrite) {
-        CONVVIZ_LANES
-        for (int l = 0; l < V; ++l) {
-          const A value = to_acc(values[l]);
-          const S at = static_cast<S>(chosen[l] < 0 ? ~chosen[l] : chosen[l]);
-          const bool larger = (found[l] == 0) | (value > signal[l]) | (value != value);
-          signal[l] = (at == p) & larger ? value : signal[l];
-          found[l] |= static_cast<S>(at != p ? 0 : chosen[l] < 0 ? 1 : 3);
-        }
+        add_lanes<true>(p, chosen, values, signal, found);
       } else {
-        CONVVIZ_LANES
-        for (int l = 0; l < V; ++l) {
-          const S at = static_cast<S>(chosen[l] < 0 ? ~chosen[l] : chosen[l]);
-          signal[l] += at == p ? to_acc(values[l]) : A(0);
-          found[l] |= static_cast<S>(chosen[l] == p ? 3 : 0);
-        }
+        add_lanes<false>(p, chosen, values, signal, found);
       }
     }
   }
@@ -132,6 +146,17 @@ struct UnpoolGeometry {
   CONVVIZ_HD Cover columns(int64_t w) const { return cover_of(args.w, stride_w, back_w, w); }
   CONVVIZ_HD int64_t switch_image(int64_t n) const {
     return args.switch_batch.divisor == args.batch ? n : args.switch_batch.split(n);
+  }
+  // The windows of plane n * channels + c of a contiguous map.
+  CONVVIZ_HD StridedWindows<T, S> plane(int64_t n) const {
+    const int64_t c = channels.split(n), switch_plane = switch_image(n) * args.channels + c;
+    return {args.grad + n * args.n_stride + c * args.c_stride,
+            args.switches + switch_plane * args.h.out * args.w.out,
+            args.h_stride,
+            args.w_stride,
+            args.w_stride,
+            args.w.out,
+            1};
   }
 };
 
@@ -173,7 +198,7 @@ struct UnpoolChannelsLast {
 
 // V * STEP neighbours in a row of a contiguous map, STEP being the pooling's stride: item i is the i-th such
 // group, rows first. STEP 0 serves all other strides one position at a time.
-template <class T, class S, int V, int STEP, bool UNIT>
+template <class T, class S, int V, int STEP>
 struct UnpoolContiguous {
   static constexpr int kPhases = STEP == 0 ? 1 : STEP;
   static constexpr int kWidth = V * kPhases;
@@ -182,59 +207,35 @@ struct UnpoolContiguous {
   bool packed;     // all rows of the result may be written in packs of kWidth
 
   CONVVIZ_HD void operator()(int64_t i) const {
+    const UnpoolArgs<T, S>& args = geometry.args;
     int64_t plane = i;
-    const int64_t j = groups.split(plane), h = geometry.height.split(plane);
-    const int64_t row = (plane * geometry.args.h.in + h) * geometry.args.w.in;
-    group<true>(geometry.rows(h), windows_of(plane), j, row);
-  }
-
-  CONVVIZ_HD StridedWindows<T, S> windows_of(int64_t plane) const {
-    const UnpoolArgs<T, S>& args = geometry.args;
-    int64_t n = plane;
-    const int64_t c = geometry.channels.split(n);
-    const int64_t switch_plane = geometry.switch_image(n) * args.channels + c;
-    return {args.grad + n * args.n_stride + c * args.c_stride,
-            args.switches + switch_plane * args.h.out * args.w.out,
-            args.h_stride,
-            args.w_stride,
-            args.w_stride,
-            args.w.out,
-            1};
-  }
-
-  // CHECK: windows of the row that do not exist may not be read.
-  template <bool CHECK, class Windows>
-  CONVVIZ_HD void group(const Cover& h, const Windows& windows, int64_t j, int64_t row) const {
-    const UnpoolArgs<T, S>& args = geometry.args;
-    const int64_t first = j * kWidth;
-    T result[kPhases][V];
+    const int64_t first = groups.split(plane) * kWidth, row = geometry.height.split(plane);
+    const Cover h = geometry.rows(row);
+    const StridedWindows<T, S> windows = geometry.plane(plane);
+    T line[kWidth];
     CONVVIZ_LANES
     for (int phase = 0; phase < kPhases; ++phase) {
+      T result[V];
       if (STEP == 0) {
-        unpool<V, false, UNIT>(args, h, geometry.columns(first), windows, false, result[phase]);
+        unpool<V, false, false>(args, h, geometry.columns(first), windows, false, result);
       } else {
         // The first lane's windows without regard to the edges: the other lanes' are next to them.
         Cover w;
         w.offset = first + phase + args.w.padding;
         w.last = geometry.stride_w.quotient(w.offset);
         w.first = w.last - geometry.back_w + 1;
-        unpool<V, CHECK, UNIT>(args, h, w, windows, !CONVVIZ_ALIGNED_PACKS, result[phase]);
+        unpool<V, true, false>(args, h, w, windows, false, result);
       }
-    }
-    T line[kWidth];
-    CONVVIZ_LANES
-    for (int l = 0; l < V; ++l) {
       CONVVIZ_LANES
-      for (int phase = 0; phase < kPhases; ++phase) line[l * kPhases + phase] = result[phase][l];
+      for (int l = 0; l < V; ++l) line[l * kPhases + phase] = result[l];
     }
-    T* out = args.out + row + first;
-    if (packed && first + kWidth <= args.w.in) {
+    T* out = args.out + (plane * args.h.in + row) * args.w.in + first;
+    if (packed) {
       store_pack(out, line);
     } else {
-      const int count = static_cast<int>(min_of<int64_t>(kWidth, args.w.in - first));
       CONVVIZ_LANES
       for (int l = 0; l < kWidth; ++l) {
-        if (l < count) out[l] = line[l];
+        if (first + l < args.w.in) out[l] = line[l];
       }
     }
   }

@@ -53,78 +53,78 @@ struct ChannelsLastLoop {
   }
 };
 
-// The rows of windows that the current rows of the result need, copied with a margin of windows that point
-// nowhere: no lane has to ask whether its window exists.
+// A band of rows of a contiguous map, small enough for the cache. Here the windows are walked, not the
+// positions: a window's switch says where its gradient goes, and vectors have little to work on in rows that
+// are short and strided. The band belongs to one thread, takes the windows in the same order as a position on
+// the GPU does, and is written once.
 template <class T, class S>
-class PaddedRows {
- public:
-  // Holds `rows` rows in turn; windows `before` the first to `after` the last one of a row may be looked at.
-  PaddedRows(const UnpoolArgs<T, S>& args, int64_t rows, int64_t before, int64_t after)
-      : before_(before), length_(before + args.w.out + after) {
-    while (mask_ + 1 < rows) mask_ = 2 * mask_ + 1;
-    held_.assign(mask_ + 1, -1);
-    grad_.assign((mask_ + 1) * length_, static_cast<T>(acc_t<T>(0)));
-    switches_.assign((mask_ + 1) * length_, std::numeric_limits<S>::min());
-  }
+struct Band {
+  using A = acc_t<T>;
+  using I = lane_index_t<T>;
+  static constexpr int64_t kPositions = 4096;
+  const UnpoolGeometry<T, S>& geometry;
+  int64_t rows;                              // at most
+  std::vector<A> signal;                     // all 0 between two bands
+  std::vector<I> found;                      // likewise; bit 1: a window that was alive, bit 0: any window
+  std::vector<int64_t> down, right, offset;  // from tap 0 to each tap of a window
 
-  CONVVIZ_HD const T* grad_at(int64_t oh, int64_t ow) const { return grad_.data() + place(oh) + ow; }
-  CONVVIZ_HD const S* switch_at(int64_t oh, int64_t ow) const { return switches_.data() + place(oh) + ow; }
-  static constexpr int64_t lane = 1;
-
-  // `row` tells rows of all planes apart.
-  CONVVIZ_HD void hold(int64_t row, int64_t oh, const StridedWindows<T, S>& source, int64_t count) {
-    if (held_[oh & mask_] == row) return;
-    held_[oh & mask_] = row;
-    T* grad = grad_.data() + place(oh);
-    S* switches = switches_.data() + place(oh);
-    const T* from = source.grad_at(oh, 0);
-    if (source.lane == 1) {
-      for (int64_t ow = 0; ow < count; ++ow) grad[ow] = from[ow];
-    } else {
-      for (int64_t ow = 0; ow < count; ++ow) grad[ow] = from[ow * source.lane];
+  explicit Band(const UnpoolGeometry<T, S>& g)
+      : geometry(g),
+        rows(max_of<int64_t>(1, kPositions / g.args.w.in)),
+        signal(rows * g.args.w.in, A(0)),
+        found(rows * g.args.w.in, 0) {
+    for (int64_t kh = 0; kh < g.args.h.kernel; ++kh) {
+      for (int64_t kw = 0; kw < g.args.w.kernel; ++kw) {
+        down.push_back(kh * g.args.h.dilation);
+        right.push_back(kw * g.args.w.dilation);
+        offset.push_back(down.back() * g.args.w.in + right.back());
+      }
     }
-    std::memcpy(switches, source.switch_at(oh, 0), sizeof(S) * count);
   }
 
- private:
-  CONVVIZ_HD int64_t place(int64_t oh) const { return (oh & mask_) * length_ + before_; }
-
-  int64_t mask_ = 0, before_, length_;  // a power of two, less one, of rows
-  std::vector<int64_t> held_;
-  std::vector<T> grad_;
-  std::vector<S> switches_;
+  // Rows first ... last - 1.
+  template <bool OVERWRITE>
+  void collect(const StridedWindows<T, S>& windows, int64_t first, int64_t last) {
+    const UnpoolArgs<T, S>& args = geometry.args;
+    const int64_t height = last - first, width = args.w.in;
+    const Cover above = geometry.rows(first), below = geometry.rows(last - 1);
+    for (int64_t oh = above.first; oh <= below.last; ++oh) {
+      const T* grad = windows.grad_at(oh, 0);
+      const S* switches = windows.switch_at(oh, 0);
+      const int64_t top = oh * args.h.stride - args.h.padding - first;
+      const bool inside = top >= 0 && top + down.back() < height;
+      for (int64_t ow = 0; ow < args.w.out; ++ow) {
+        const I s = switches[ow], p = s < 0 ? ~s : s;
+        if (p >= static_cast<I>(down.size())) continue;
+        const int64_t left = ow * args.w.stride - args.w.padding;
+        if (!inside || left < 0 || left + right.back() >= width) {
+          const int64_t h = top + down[p], w = left + right[p];
+          if (h < 0 || h >= height || w < 0 || w >= width) continue;
+        }
+        const int64_t at = top * width + left + offset[p];
+        signal[at] = combined<OVERWRITE>(signal[at], to_acc(grad[ow * windows.column]), found[at] == 0);
+        found[at] |= s < 0 ? 1 : 3;
+      }
+    }
+  }
 };
 
-template <class T, class S, int STEP>
-struct ContiguousLoop {
-  using Item = UnpoolContiguous<T, S, STEP == 0 ? 1 : kLanes, STEP, true>;
-  Item item;
-  PaddedRows<T, S>* rows;
+// Applies the rule to a band and clears it.
+template <class T, class S>
+struct WriteBand {
+  Rule<acc_t<T>> rule;
+  acc_t<T>* signal;
+  lane_index_t<T>* found;
+  T* out;
 
   CONVVIZ_HD void operator()(int64_t begin, int64_t end) const {
-    const UnpoolArgs<T, S>& args = item.geometry.args;
-    for (int64_t r = begin; r < end; ++r) {
-      int64_t plane = r;
-      const Cover h = item.geometry.rows(item.geometry.height.split(plane));
-      const StridedWindows<T, S> windows = item.windows_of(plane);
-      for (int64_t oh = h.first; oh <= h.last; ++oh)
-        rows->hold(plane * args.h.out + oh, oh, windows, args.w.out);
-      for (int64_t j = 0; j < item.groups.divisor; ++j)
-        item.template group<false>(h, *rows, j, r * args.w.in);
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = static_cast<T>(rule.apply(static_cast<int>(found[i] & 2), signal[i]));
+      signal[i] = acc_t<T>(0);
+      found[i] = 0;
     }
   }
 };
-
-template <class T, class S, int STEP>
-void contiguous(const UnpoolArgs<T, S>& args, int64_t begin, int64_t end) {
-  using Loop = ContiguousLoop<T, S, STEP>;
-  const UnpoolGeometry<T, S> geometry(args);
-  // The last group may pass the end of its row, its windows the last one.
-  const int64_t last = (args.w.in - 1 + args.w.padding) / args.w.stride + Loop::Item::kWidth;
-  PaddedRows<T, S> rows(args, geometry.back_h, geometry.back_w,
-                        max_of<int64_t>(0, last - args.w.out) + kLanes);
-  run<T, S>(Loop{{geometry, Divider(ceil_div(args.w.in, Loop::Item::kWidth)), true}, &rows}, begin, end);
-}
 
 }  // namespace
 
@@ -140,13 +140,21 @@ void unpool_channels_last_cpu(const UnpoolArgs<T, S>& args, int64_t begin, int64
 
 template <class T, class S>
 void unpool_contiguous_cpu(const UnpoolArgs<T, S>& args, int64_t begin, int64_t end) {
-  switch (args.w.stride) {
-    case 1:
-      return contiguous<T, S, 1>(args, begin, end);
-    case 2:
-      return contiguous<T, S, 2>(args, begin, end);
-    default:
-      return contiguous<T, S, 0>(args, begin, end);
+  const UnpoolGeometry<T, S> geometry(args);
+  Band<T, S> band(geometry);
+  for (int64_t r = begin; r < end;) {
+    int64_t plane = r;
+    const int64_t first = geometry.height.split(plane);
+    const int64_t last = min_of(min_of(args.h.in, first + band.rows), first + end - r);
+    const StridedWindows<T, S> windows = geometry.plane(plane);
+    if (args.overwrite) {
+      band.template collect<true>(windows, first, last);
+    } else {
+      band.template collect<false>(windows, first, last);
+    }
+    const WriteBand<T, S> write{args.rule, band.signal.data(), band.found.data(), args.out + r * args.w.in};
+    run<T, S>(write, 0, (last - first) * args.w.in);
+    r += last - first;
   }
 }
 

@@ -13,9 +13,9 @@ int channels_last(const UnpoolArgs<T, S>& args, bool packed, void* stream) {
       count / V, stream);
 }
 
-template <class T, class S, int V, int STEP, bool UNIT>
+template <class T, class S, int V, int STEP>
 int contiguous(const UnpoolArgs<T, S>& args, void* stream) {
-  using Item = UnpoolContiguous<T, S, V, STEP, UNIT>;
+  using Item = UnpoolContiguous<T, S, V, STEP>;
   const int64_t groups = ceil_div(args.w.in, Item::kWidth);
   const bool packed = args.w.in % Item::kWidth == 0 && is_aligned<Item::kWidth>(args.out);
   return launch(Item{UnpoolGeometry<T, S>(args), Divider(groups), packed},
@@ -43,10 +43,10 @@ int unpool_channels_last_cuda(const UnpoolArgs<T, S>& args, void* stream) {
 template <class T, class S>
 int unpool_contiguous_cuda(const UnpoolArgs<T, S>& args, void* stream) {
   if constexpr (sizeof(S) == 1) {
-    if (args.w.stride == 1) return contiguous<T, S, kGpuLanes<T>, 1, false>(args, stream);
-    if (args.w.stride == 2) return contiguous<T, S, kGpuLanes<T> / 2, 2, false>(args, stream);
+    if (args.w.stride == 1) return contiguous<T, S, kGpuLanes<T>, 1>(args, stream);
+    if (args.w.stride == 2) return contiguous<T, S, kGpuLanes<T> / 2, 2>(args, stream);
   }
-  return contiguous<T, S, 1, 0, false>(args, stream);
+  return contiguous<T, S, 1, 0>(args, stream);
 }
 
 #define CONVVIZ_INSTANTIATE(T, S)                                               \
