@@ -34,8 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--threads"):
-        torch.set_num_threads(config.getoption("--threads"))
+    threads = config.getoption("--threads") or (1 if config.getoption("--quick") else None)
+    if threads:
+        torch.set_num_threads(threads)
     # Captum warns at every call: that it sets hooks, that it asks for a gradient.
     config.addinivalue_line("filterwarnings", "ignore::UserWarning:captum")
     folder = config.getoption("--results")

@@ -5,6 +5,7 @@ A node that follows a rule asks its session (:class:`convviz_cuda.backward_rule`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,8 @@ class ReLU(Function):
             if signal is gated:
                 return signal, None, None, None, None
             # Somebody read the ReLU's output out of the mode's sight (a custom Function): put back what was gated.
-            signal = signal + (ungated() - gated)
+            whole = ungated()
+            signal = torch.where(whole == gated, signal, signal + (whole - gated))
         (mask,) = ctx.saved_tensors
         rule = ctx.session.rule_now()
 
@@ -106,25 +108,21 @@ class MaxPool2d(Function):
     """Max pooling with switches; gates for the ReLU below where it is that ReLU's only reader."""
 
     @staticmethod
-    def forward(ctx, x, geometry, ceil_mode, session, relu_node):
+    def forward(ctx, x, geometry, ceil_mode, relu_node):
         # On a ReLU's output every negative switch means "closed": the flag costs nothing and saves a pass later.
         out, switches = _call(
             ops.relu_max_pool2d_op, checks.two_layouts(x), *geometry, ceil_mode, relu_node is not None
         )
-        ctx.session, ctx.geometry, ctx.size, ctx.relu_node = session, geometry, x.shape[2:], relu_node
+        ctx.geometry, ctx.size, ctx.relu_node = geometry, x.shape[2:], relu_node
         ctx.save_for_backward(switches)
         return out
 
     @staticmethod
     def backward(ctx, signal):
         (switches,) = ctx.saved_tensors
-
-        def unpool(rule: int) -> Tensor:
-            def through(merged: Tensor) -> Tensor:
-                return _call(ops.switch_unpool2d_op, merged, switches, ctx.size, *ctx.geometry, rule, False)
-
-            return _per_signal(through, signal)
-
+        unpool = functools.partial(
+            _unpool, signal, switches, ctx.size, ctx.geometry
+        )  # does not hold ctx: no cycle
         node = ctx.relu_node
         # The ReLU's output must be gone (nobody can ask for the gradient there) and read by this pooling alone:
         # gating one part of a sum and then adding is another number. A graph being recorded keeps its plain form.
@@ -132,10 +130,19 @@ class MaxPool2d(Function):
             node is not None and node.consumers == 1 and node.output() is None and not torch.is_grad_enabled()
         )
         if not fused:
-            return unpool(IDENTITY), None, None, None, None
-        gated = unpool(ctx.session.rule_now())
-        node.gated[torch._C._current_graph_task_id()] = gated, lambda: unpool(IDENTITY)
-        return gated, None, None, None, None
+            return unpool(IDENTITY), None, None, None
+        gated = unpool(node.session.rule_now())
+        # One entry at most: of a pass that was broken off, or of another thread, whose signal is then gated twice,
+        # which changes nothing.
+        node.gated = {torch._C._current_graph_task_id(): (gated, functools.partial(unpool, IDENTITY))}
+        return gated, None, None, None
+
+
+def _unpool(signal: Tensor, switches: Tensor, size: Any, geometry: Any, rule: int) -> Tensor:
+    def through(merged: Tensor) -> Tensor:
+        return _call(ops.switch_unpool2d_op, merged, switches, size, *geometry, rule, False)
+
+    return _per_signal(through, signal)
 
 
 class Conv2d(Function):
@@ -172,8 +179,9 @@ def _few_channels(signal: Tensor, weight: Tensor) -> bool:
 class BatchNormEval(Function):
     @staticmethod
     def forward(ctx, x, mean, var, weight, bias, eps):
-        scale = torch.rsqrt(var + eps)
-        ctx.save_for_backward(scale if weight is None else scale * weight)
+        wide = torch.promote_types(var.dtype, torch.float32)
+        scale = torch.rsqrt(var.to(wide) + eps)
+        ctx.save_for_backward(scale if weight is None else scale * weight.to(wide))
         out = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         ctx.layout = memory_format(out)
         return out

@@ -14,7 +14,7 @@ batch_norm (eval)  its input                          one scale a channel
 avg_pool2d         its input                          a shape
 =================  =================================  ============================================
 
-Weights count as constants, whatever their ``requires_grad``.
+Parameters count as constants, whatever their ``requires_grad``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import checks, nodes
-from .reference import RULES, channels_last
+from .reference import RULES
 
 BACKWARD_RULES = ("gradient", "deconvnet", "guided")
 _TLS_KEY = "convviz_cuda.backward_rule"
@@ -60,7 +60,8 @@ class backward_rule(TorchFunctionMode):
     and a skip connection is gated on the ReLU's branch only.
 
     Under "gradient" the result equals PyTorch's and can be differentiated again; under the other rules a second
-    differentiation raises RuntimeError. Layers without a rule pass their ordinary gradient. Warns (UserWarning)
+    differentiation raises RuntimeError. Layers without a rule pass their ordinary gradient. What a checkpoint
+    (``torch.utils.checkpoint``) computes again in the backward is not seen: switch checkpoints off. Warns (UserWarning)
     about training-mode batch norm and dropout, and about a forward in which no ReLU was seen, as in scripted
     or traced modules and where ``clamp`` stands for a ReLU.
 
@@ -74,6 +75,7 @@ class backward_rule(TorchFunctionMode):
         self.rectifiers = 0
         self.layers = 0
         self.expects_rectifier = True
+        self.layout_turned = False
 
     @property
     def rule(self) -> str:
@@ -155,12 +157,23 @@ def _relu_node(tensor: Tensor) -> Any:
 
 def _recorded(x: Any) -> bool:
     """Whether a call belongs to a graph that nodes of ours can carry."""
-    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled() and x.dtype in checks.DTYPES
+    if not isinstance(x, Tensor) or not x.requires_grad or not torch.is_grad_enabled():
+        return False
+    return x.dtype in checks.DTYPES and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _rectify(session, func, x, lower, upper, inplace, plain):
     session.rectifiers += 1
-    if not _recorded(x):
+    if (
+        isinstance(x, Tensor)
+        and torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and session.rule != "gradient"
+    ):
+        raise RuntimeError(
+            f"The rule {session.rule!r} cannot act inside of a torch.func transform (grad, vmap, jvp): "
+            "run the forward outside, and differentiate with torch.autograd.grad."
+        )
+    if not _recorded(x) or (inplace and x.is_leaf):  # of a leaf in place, PyTorch's own error
         return plain()
     if x.dim() == 0:  # there is no batch in a scalar: give it one
         out = _rectify(session, func, x.reshape(1), lower, upper, False, plain).reshape(())
@@ -169,7 +182,7 @@ def _rectify(session, func, x, lower, upper, inplace, plain):
         # A view's history is rewritten by copy_: the graph then knows which part of its base was rectified.
         return x.copy_(_rectify(session, func, x, lower, upper, False, plain))
     out = nodes.ReLU.apply(x, lower, upper, session, inplace)
-    out.grad_fn.output = weakref.ref(out)
+    out.grad_fn.output, out.grad_fn.version = weakref.ref(out), out._version
     return out
 
 
@@ -225,11 +238,12 @@ def _max_pool2d(
     if input.dim() == 3:
         return _max_pool2d(session, func, input[None], kernel_size, stride, padding, dilation, ceil_mode)[0]
     node = _relu_node(input)
-    node = node if node is not None and node.plain else None
+    # Who changed the ReLU's output since (under no_grad, say) has left values there that no ReLU gave.
+    node = node if node is not None and node.plain and node.version == input._version else None
     geometry = checks.pool_geometry(kernel_size, stride, padding, dilation)
     if min(checks.pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
         return func(input, kernel_size, stride, padding, dilation, ceil_mode)  # raises PyTorch's own error
-    return nodes.MaxPool2d.apply(input, geometry, ceil_mode, session, node)
+    return nodes.MaxPool2d.apply(input, geometry, ceil_mode, node)
 
 
 def _pair(value: Any) -> list[int]:
@@ -240,21 +254,26 @@ def _pair(value: Any) -> list[int]:
     )
 
 
-def _constant(parameter: Any) -> Any:
-    return parameter.detach() if isinstance(parameter, Tensor) else parameter
+def _constants(*parameters: Any) -> list[Any] | None:
+    """Parameters as constants; None if one of them is computed from something that a gradient may be asked for."""
+    if any(isinstance(p, Tensor) and p.requires_grad and not isinstance(p, nn.Parameter) for p in parameters):
+        return None
+    return [p.detach() if isinstance(p, Tensor) else p for p in parameters]
 
 
 def _conv2d(session, func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     session.layers += 1
-    weight, bias = _constant(weight), _constant(bias)
-    if not _recorded(input) or input.dim() != 4 or isinstance(padding, str):
+    constants = _constants(weight, bias)
+    weight, bias = constants or (weight, bias)
+    if constants is None or not _recorded(input) or input.dim() != 4 or isinstance(padding, str):
         return func(input, weight, bias, stride, padding, dilation, groups)
     return nodes.Conv2d.apply(input, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
 
 
 def _affine(session, func, input, weight, bias=None, *args, **kwargs):
     session.layers += 1
-    return func(input, _constant(weight), _constant(bias), *args, **kwargs)
+    weight, bias = _constants(weight, bias) or (weight, bias)
+    return func(input, weight, bias, *args, **kwargs)
 
 
 def _batch_norm(
@@ -269,13 +288,14 @@ def _batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    weight, bias = _constant(weight), _constant(bias)
+    constants = _constants(weight, bias)
+    weight, bias = constants or (weight, bias)
     if training or running_mean is None or running_var is None:
         _warn(
             "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
             "statistics change. Call model.eval() first."
         )
-    elif _recorded(input):
+    elif constants is not None and _recorded(input):
         return nodes.BatchNormEval.apply(input, running_mean, running_var, weight, bias, eps)
     return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
@@ -298,7 +318,8 @@ def _avg_pool2d(session, func, input, kernel_size, stride=None, padding=0, ceil_
 def _adaptive_avg_pool2d(session, func, input, output_size):
     if not _recorded(input) or input.dim() != 4:
         return func(input, output_size)
-    size = [given or own for given, own in zip(_pair_or_none(output_size), input.shape[2:], strict=True)]
+    wanted = zip(_pair_or_none(output_size), input.shape[2:], strict=True)
+    size = [own if given is None else given for given, own in wanted]
     return nodes.AvgPool2d.apply(
         input, lambda x: func(x, size), torch.ops.aten._adaptive_avg_pool2d_backward, ()
     )
@@ -308,14 +329,10 @@ def _pair_or_none(value: Any) -> list[int | None]:
     return list(value) if isinstance(value, tuple | list) else [value, value]
 
 
-def _view(session, func, input, *size, **kwargs):
-    try:
-        return func(input, *size, **kwargs)
-    except RuntimeError:
-        # A method may have turned the images to channels_last, where a flattening view has to be a copy.
-        if kwargs or not size or isinstance(size[0], torch.dtype) or not channels_last(input):
-            raise
-        return input.reshape(*size)
+def _as_strided(session, func, *args, **kwargs):
+    if session.layout_turned:
+        raise RuntimeError("as_strided reads memory in the order that the caller gave it.")
+    return func(*args, **kwargs)
 
 
 def _local_response_norm(session, func, input, size, alpha=1e-4, beta=0.75, k=1.0):
@@ -346,13 +363,19 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.conv_transpose3d: _affine,
     F.batch_norm: _batch_norm,
     F.dropout: _dropout,
+    F.dropout1d: _dropout,
     F.dropout2d: _dropout,
+    F.dropout3d: _dropout,
+    F.feature_alpha_dropout: _dropout,
     F.alpha_dropout: _dropout,
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     F.local_response_norm: _local_response_norm,
-    Tensor.view: _view,
+    torch.as_strided: _as_strided,
+    Tensor.as_strided: _as_strided,
     # What the graphs of torch.export call:
+    _aten.relu: _relu_method,
+    _aten.relu_: _relu_inplace,
     _aten.relu.default: _relu_method,
     _aten.relu_.default: _relu_inplace,
     _aten.hardtanh.default: _hardtanh,

@@ -334,6 +334,20 @@ def test_augmentation_moves_whole_pixels_and_nothing_else():
         assert set(after.unique().tolist()) <= set(before.unique().tolist())
 
 
+def test_an_epoch_shows_every_scene_once_in_an_order_of_its_own(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "augment", lambda images, generator: seen.append(images) or images)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, len(CLASSES)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    orders = []
+    for epoch in range(2):
+        seen.clear()
+        training.train_epoch(model, optimizer, data, TINY, epoch)
+        orders.append([image.numpy().tobytes() for image in torch.cat(seen)])
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(image.numpy().tobytes() for image in data.images)
+
+
 def test_evaluate_counts_by_hand():
     class Fixed(nn.Module):
         def forward(self, x):

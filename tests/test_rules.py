@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -573,10 +575,115 @@ def test_an_exported_graph_is_seen(images):
         torch.testing.assert_close(found, by_engine(lambda x, _: net(x), None, images, rule))
 
 
-def test_a_view_that_channels_last_forbids_is_a_copy(images):
-    x = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+# -------------------------------------------------------------------- what the mode must not take for a constant
+
+
+def test_weights_that_depend_on_the_input(images):
+    def dynamic(v):
+        y = F.conv2d(v, v[:1, :, :2, :2], v[0, 0, 0, :1])
+        y = F.batch_norm(
+            y, torch.zeros(1).double(), torch.ones(1).double(), y.mean((0, 2, 3)), y.amax((0, 2, 3))
+        )
+        return F.linear(y.flatten(1)[:, :4], torch.tanh(v[0, 0, :3, :4]))
+
+    plain = images.clone().requires_grad_()
+    expected = torch.autograd.grad(dynamic(plain).sum(), plain)[0]
+    torch.testing.assert_close(by_engine(lambda x, _: dynamic(x), None, images, "gradient"), expected)
+
+
+def test_the_gate_follows_the_relus_context_not_the_pools(images):
+    def run(keep):
+        v = images.clone().requires_grad_()
+        with cv.backward_rule("guided"):
+            y = F.relu(v * 1)
+        with cv.backward_rule("gradient"):
+            p = F.max_pool2d(y, 2)
+        held = y if keep else None
+        del y
+        return torch.autograd.grad(p, v, weights(*p.shape, seed=4))[0], held
+
+    torch.testing.assert_close(run(keep=False)[0], run(keep=True)[0])
+
+
+def test_a_relus_output_edited_before_the_pool(images):
+    def net(x):
+        h = F.relu(F.conv2d(x, W1))
+        with torch.no_grad():
+            h[:, 0] = -5.0
+        return F.max_pool2d(h, 2)
+
+    x = images.clone().requires_grad_()
+    with cv.backward_rule("gradient"):
+        found = net(x)
+    assert torch.equal(found, net(images)) and (found[:, 0] == -5).all()
+
+
+def test_a_broken_off_backward_leaves_no_cycle(images):
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, signal):
+            raise ZeroDivisionError
+
+    x = images.clone().requires_grad_()
     with cv.backward_rule("guided"):
-        y = F.relu(x).view(2, -1)
-        with pytest.raises(RuntimeError):
-            F.relu(x).view(5, 77)
-    assert torch.equal(y, F.relu(images).reshape(2, -1))
+        h = F.relu(F.conv2d(Broken.apply(x), W1))
+        node = weakref.ref(h.grad_fn)
+        y = F.max_pool2d(h, 2)
+        del h
+        with pytest.raises(ZeroDivisionError):
+            torch.autograd.grad(y.sum(), x)
+    del y
+    gc.collect()
+    assert node() is None
+
+
+def test_an_infinite_signal_beside_a_reader_out_of_sight(images):
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, signal):
+            return signal
+
+    def net(x, relu):
+        h = relu(F.conv2d(x, W1))
+        return F.max_pool2d(h, 2)[0, 0, 0, 0] * float("inf") + Hidden.apply(h).sum()
+
+    found = by_engine(net, F.relu, images, "gradient")
+    expected = by_oracle(net, images, "gradient")
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+def test_a_leaf_in_place_is_refused_untouched(images):
+    x = images.clone().requires_grad_()
+    with cv.backward_rule("guided"), pytest.raises(RuntimeError, match="leaf"):
+        F.relu(x, inplace=True)
+    assert torch.equal(x, images)
+
+
+def test_torch_func_inside_is_refused(images):
+    with cv.backward_rule("guided"), pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda v: F.relu(v).sum())(images)
+    with cv.backward_rule("gradient"):
+        found = torch.func.grad(lambda v: F.relu(v).sum())(images)
+    assert torch.equal(found, (images > 0).double())
+
+
+def test_zero_is_a_size_of_adaptive_pooling(images):
+    with cv.backward_rule("gradient"):
+        assert F.adaptive_avg_pool2d(images.requires_grad_(), 0).shape == (2, 3, 0, 0)
+
+
+def test_scale_of_a_16_bit_batch_norm_is_wide():
+    norm = nn.BatchNorm2d(3, eps=1e-8).half().eval()
+    norm.running_var.zero_()
+    x = torch.ones(1, 3, 2, 2, dtype=torch.float16).requires_grad_()
+    with cv.backward_rule("gradient"):
+        found = torch.autograd.grad(norm(x), x, torch.ones_like(x))[0]
+    assert torch.equal(found, torch.full_like(found, 1e4))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from ._inputs import (
     select_neuron,
     select_target,
     target_list,
+    turned,
 )
 
 # Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
@@ -39,16 +42,22 @@ def gradients(scores: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def many_gradients(
-    output: Tensor,
-    inputs: tuple[Tensor, ...],
-    scores: Sequence[Callable[[Tensor], Tensor]],
-    at_once: int | None,
+    output: Any, inputs: tuple[Tensor, ...], scores: Sequence[Callable[[Any], Tensor]], at_once: int | None
 ) -> tuple[Tensor, ...]:
     """Gradients of K scores of one output, ``(K, *input.shape)`` for each input, by batched backward passes."""
-    if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
+    if at_once is not None and (
+        isinstance(at_once, bool) or not isinstance(at_once, numbers.Integral) or at_once < 1
+    ):
         raise ValueError(f"targets_per_pass must be an int of at least 1, but it is {at_once!r}.")
+    results = tuple(torch.empty((len(scores), *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
+    if not isinstance(output, Tensor):  # of several tensors, no seed stands for all: one pass for each score
+        for k, score in enumerate(scores):
+            found = torch.autograd.grad(score(output).sum(), inputs, retain_graph=True)
+            for result, gradient in zip(results, found, strict=True):
+                result[k] = gradient
+        return results
     if not scores:
-        return tuple(x.new_empty((0, *x.shape)) for x in inputs)
+        return results
     probe = output.detach().requires_grad_()
     seeds = torch.stack([torch.autograd.grad(score(probe).sum(), probe)[0] for score in scores])
     at_once = at_once or max(1, EXAMPLES_PER_PASS // max(1, output.shape[0] if output.dim() else 1))
@@ -56,7 +65,6 @@ def many_gradients(
     def backward(seed: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, inputs, seed, retain_graph=True)
 
-    results = tuple(torch.empty((len(scores), *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
     for start in range(0, len(scores), at_once):
         chunk = seeds[start : start + at_once]
         for result, part in zip(results, _batched(backward, chunk), strict=True):
@@ -84,6 +92,7 @@ class GradientAttribution:
         if not callable(forward_func):
             raise TypeError(f"forward_func must be callable, but it is {forward_func!r}.")
         self.forward_func = forward_func
+        self._layout_matters = False  # a forward failed on channels_last and did not in the caller's layout
 
     @staticmethod
     def has_convergence_delta() -> bool:
@@ -97,6 +106,15 @@ class GradientAttribution:
     def _forward(self, session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
         output = self.forward_func(*xs, *extra_args(args))
         session.layers += 1  # a forward was made, also where the mode could not see into it
+        if self.rule != "gradient" and isinstance(self.forward_func, nn.Module):
+            scripted = [m for m in self.forward_func.modules() if isinstance(m, torch.jit.ScriptModule)]
+            if scripted and session.rectifiers:
+                warnings.warn(
+                    f"The model has scripted modules, which cannot be looked into: the rule {self.rule!r} does not act "
+                    "on their ReLUs.",
+                    UserWarning,
+                    stacklevel=4,
+                )
         return output
 
     def _attribute(
@@ -110,11 +128,31 @@ class GradientAttribution:
         """One recorded forward, then ``differentiate(output, leaves)`` in the same context."""
         tensors = as_tuple(inputs)
         xs = leaves(tensors)
-        with torch.enable_grad(), backward_rule(self.rule) as session:
-            found = differentiate((forward or self._forward)(session, xs, args), xs)
+
+        def run(xs: tuple[Tensor, ...], ours: bool) -> tuple[Tensor, ...]:
+            with torch.enable_grad(), backward_rule(self.rule) as session:
+                session.layout_turned = ours
+                # Clones, because a model that changes its input in place must change neither a leaf nor the caller's.
+                given = xs if ours else tuple(x.clone() for x in xs)
+                return differentiate((forward or self._forward)(session, given, args), xs)
+
+        found = None
+        fast = None if self._layout_matters else turned(xs)
+        if fast is not None:
+            # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
+            # error comes again.
+            with contextlib.suppress(RuntimeError):
+                found = run(fast, True)
+        if found is None:
+            found = run(xs, False)
+            self._layout_matters = fast is not None or self._layout_matters
         result = result or self._result
-        results = tuple(result(restore(g, x), x.detach()) for g, x in zip(found, tensors, strict=True))
-        return results if isinstance(inputs, tuple) else results[0]
+        results: list[Tensor] = []
+        for gradient, tensor in zip(found, tensors, strict=True):
+            one = result(restore(gradient, tensor), tensor.detach())
+            shared = any(one.data_ptr() == other.data_ptr() and one.numel() for other in results)
+            results.append(one.clone() if shared else one)
+        return tuple(results) if isinstance(inputs, tuple) else results[0]
 
 
 class TargetAttribution(GradientAttribution):
@@ -174,7 +212,7 @@ class NeuronAttribution(GradientAttribution):
         self.layer = find_layer(model, layer)
         # Accepted because Captum has it: replicas of DataParallel are not looked into, the model runs as it is.
         self.device_ids = device_ids
-        self._runs: int | None = None
+        self._runs: dict[Any, int | None] = {}
 
     def attribute(
         self,
@@ -238,26 +276,31 @@ class NeuronAttribution(GradientAttribution):
             seen: list[Any] = []
             self._run_to_layer(xs, args, of_input, self._count_runs(xs, args), seen)
             assert seen, f"The layer {self.layer} did not run in this forward, so it has no neurons."
-            return seen[-1]
+            last = seen[-1]
+            return last[0] if isinstance(last, tuple) and len(last) == 1 else last
 
         return forward
 
     def _count_runs(self, xs: tuple[Tensor, ...], args: Any) -> int | None:
-        """How often a forward runs the layer, so that the last run can end it; None where that cannot be tried.
+        """How often a forward runs the layer, so that the last run can end it; None where that cannot be known.
 
-        Counted once, with a single example. A model in training mode is not run for this: it would change.
+        Tried with a single example, once for each shape of the inputs. Not with a model in training mode, which this
+        would change, nor with additional arguments, on which the number of runs may depend.
         """
-        if self._runs is None and not any(module.training for module in self.forward_func.modules()):
+        if args is not None or any(module.training for module in self.forward_func.modules()):
+            return None
+        key = tuple((x.shape, x.dtype) for x in xs)
+        if key not in self._runs:
             size = xs[0].shape[0] if xs[0].dim() else 0
-            whole = args is not None or any(x.dim() == 0 or x.shape[0] != size for x in xs)
+            whole = any(x.dim() == 0 or x.shape[0] != size for x in xs)
+            one = tuple((x if whole else x[:1]).detach().clone() for x in xs)
             seen: list[Any] = []
-            # Whatever fails behind the layer (a model that does not bear a single example, say) fails unseen.
+            self._runs[key] = None
+            # A model that does not bear a single example fails unseen; then there is no early end.
             with torch.no_grad(), contextlib.suppress(Exception):
-                self._run_to_layer(
-                    tuple(x.detach() if whole else x.detach()[:1] for x in xs), args, False, None, seen
-                )
-            self._runs = len(seen) or None
-        return self._runs
+                self._run_to_layer(one, args, False, None, seen)
+                self._runs[key] = len(seen) or None
+        return self._runs[key]
 
     def _run_to_layer(
         self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None, seen: list[Any]
@@ -266,17 +309,23 @@ class NeuronAttribution(GradientAttribution):
         thread = threading.get_ident()
 
         def keep(value: Any) -> None:
-            if threading.get_ident() == thread:  # another thread's forward through the same model is not ours
-                seen.append(value)
-                if len(seen) == last:
-                    raise _Stop
+            if threading.get_ident() != thread:  # another thread's forward through the same model is not ours
+                return
+            if last is None and torch.is_grad_enabled():
+                # The forward goes on, and the next layer may change this in place.
+                value = torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)
+            seen.append(value)
+            if len(seen) == last:
+                raise _Stop
+
+        def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = (*given, *named.values())
+            keep(given[0] if len(given) == 1 else given)
 
         if of_input:
-            handle = self.layer.register_forward_pre_hook(
-                lambda _, got: keep(got[0] if len(got) == 1 else got)
-            )
+            handle = self.layer.register_forward_pre_hook(before, with_kwargs=True)
         else:
-            handle = self.layer.register_forward_hook(lambda _, got, gave: keep(gave))
+            handle = self.layer.register_forward_hook(lambda _, given, gave: keep(gave))
         try:
             self.forward_func(*xs, *extra_args(args))
         except _Stop:

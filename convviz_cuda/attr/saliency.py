@@ -70,4 +70,4 @@ class Saliency(GradientAttribution):
 
 
 def _absolute(gradient: Tensor, _: Tensor) -> Tensor:
-    return gradient.abs_()
+    return gradient.abs()
