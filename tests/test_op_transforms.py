@@ -89,6 +89,9 @@ def test_gradcheck(name):
     inputs = tuple(x.clone().requires_grad_() for x in inputs)
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    out = function(*inputs)  # gradgradcheck passes over a first derivative that is cut off from the graph
+    signal = torch.ones_like(out, requires_grad=True)
+    assert all(grad.requires_grad for grad in torch.autograd.grad(out, inputs, signal, create_graph=True))
 
 
 @pytest.mark.parametrize("rule", ["deconvnet", "guided"])
