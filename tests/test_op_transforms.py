@@ -184,7 +184,7 @@ def test_opcheck(case, monkeypatch):
         torch.library.opcheck(op, (first.clone() if once_only else first.clone().requires_grad_(), *rest))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.dtypes == DTYPES], ids=str)
 def test_shapes_and_strides_are_known_without_data(case):
     for arrangement in ("contiguous", "channels_last"):
         inputs = [ARRANGEMENTS[arrangement](x) for x in case.inputs(drawing(case.dtypes[0]))]

@@ -9,9 +9,17 @@ namespace convviz {
 // below, and the vectoriser, which runs after inlining, then uses that wrapper's instructions.
 #if defined(__x86_64__) && defined(__GNUC__)
 
+// Registers of 32 bytes: 64 gain nothing where memory is the limit, and GCC mixes both widths to its own
+// harm.
+#if defined(__clang__)
+#define CONVVIZ_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2,f16c"
+#else
+#define CONVVIZ_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2,f16c,prefer-vector-width=256"
+#endif
+
 template <class Loop>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2,f16c,prefer-vector-width=256"),
-               flatten)) void run_avx512(const Loop& loop, int64_t begin, int64_t end) {
+__attribute__((target(CONVVIZ_AVX512), flatten)) void run_avx512(const Loop& loop, int64_t begin,
+                                                                 int64_t end) {
   loop(begin, end);
 }
 

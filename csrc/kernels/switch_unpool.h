@@ -1,7 +1,7 @@
 // The backward of relu_max_pool2d: unpooling through the switches and the ReLU's rule in one pass.
 //
-// Every input position looks at the windows that cover it and takes the gradient of those whose switch points
-// at it.
+// Every input position receives the gradients of the windows whose switch points at it, in ascending order of
+// the windows.
 #pragma once
 
 #include <limits>
