@@ -68,7 +68,10 @@ def report(request: pytest.FixtureRequest) -> Report:
 
 @pytest.fixture
 def compare(benchmark: Any, report: Report, request: pytest.FixtureRequest) -> Callable[..., Comparison]:
-    """Measures the sides of one case in turns and reports it. All sides must have been called once."""
+    """Measures the sides of one case in turns and reports it. All sides must have been called once.
+
+    scales: factors on what sides took that did a known part of the work.
+    """
 
     def run(
         group: str,
@@ -80,12 +83,15 @@ def compare(benchmark: Any, report: Report, request: pytest.FixtureRequest) -> C
         goals: dict[str, float] | None = None,
         errors: dict[str, float] | None = None,
         notes: Callable[[float], dict[str, Any]] | None = None,
+        scales: dict[str, float] | None = None,
     ) -> Comparison:
         options = request.config.option
         name = options.clock if clock is None else "device events"
         rounds = options.rounds or (1 if options.quick else rounds)
         benchmark.group, benchmark.name = group, case
         values = interleave(benchmark, sides, clock or CLOCKS[name], rounds)
+        for side, scale in (scales or {}).items():
+            values[side] = [value * scale for value in values[side]]
         comparison = Comparison(group, case, "s", name, values, goals or {}, errors or {})
         if notes is not None:
             comparison.notes = notes(comparison.median(OURS))

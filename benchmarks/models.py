@@ -1,4 +1,4 @@
-"""The two networks of the backward benchmarks, layer for layer as torchvision has them.
+"""The networks of the benchmarks, layer for layer as torchvision has them.
 
 Defined here because torchvision does not import beside every build of torch; one definition serves every
 environment. Weights are random (Kaiming, seeded): time and memory hardly depend on them, and the signal
@@ -77,7 +77,54 @@ class VGG16(nn.Module):
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"squeezenet1_0": SqueezeNet, "vgg16": VGG16}
+class BasicBlock(nn.Module):
+    """ResNet's block: two 3x3 convolutions beside the identity, or beside a 1x1 convolution where shapes differ."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if stride != 1 or channels != width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        beside = x if self.downsample is None else self.downsample(x)
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + beside)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al. 2016): (N, 3, 224, 224) -> (N, classes)."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, padding=1),
+        )  # fmt: skip
+        blocks: list[nn.Module] = []
+        channels = 64
+        for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            blocks += [BasicBlock(channels, width, stride), BasicBlock(width, width, 1)]
+            channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.pool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "squeezenet1_0": SqueezeNet,
+    "vgg16": VGG16,
+    "resnet18": ResNet18,
+}
 
 
 def build(name: str, quick: bool = False) -> nn.Module:
@@ -89,4 +136,9 @@ def build(name: str, quick: bool = False) -> nn.Module:
             nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
         else:
             nn.init.zeros_(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # not the identity, and each block's sum stays of one size
+            module.weight.data.uniform_(0.4, 0.8, generator=generator)
+            module.running_mean.normal_(0.0, 0.1, generator=generator)
+            module.running_var.uniform_(0.8, 1.2, generator=generator)
     return model

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from interleave import OURS
 from torch import Tensor
 
-from convviz_cuda import ops
+from convviz_cuda import ops, reference
 
 aten = torch.ops.aten
 Result = Tensor | tuple[Tensor, ...]
@@ -125,7 +125,165 @@ def max_abs(make: Make, shape: tuple[int, ...]) -> Sides:
     return Sides(lambda: ops.max_abs_channels(x), lambda: x.abs().amax(1), _size(x) * (1 + 1 / shape[1]))
 
 
+class Windows:
+    """Variants of one clean map, each with its patch; what PyTorch needs to do the same is made beforehand.
+
+    The result, of the case's shape, begins one row and column before the patch; maps are twice as large.
+    """
+
+    def __init__(self, make: Make, shape: tuple[int, ...], pooled: bool = False):
+        count, channels, *self.size = shape
+        height, width = (2 * side for side in self.size)
+        ph, pw = (side - 2 for side in self.size)
+        self.base = make((1, channels, height, width))
+        self.patch, self.bias = make(shape)[:, :, 1:-1, 1:-1].clone(), make((channels, 1, 1, 1)).flatten()
+        self.patch = self.patch.contiguous(memory_format=reference.memory_format(self.base))
+        device = self.base.device
+        n = torch.arange(count, device=device)
+        top, left = n * (height - ph) // count, n.flip(0) * (width - pw) // count
+        self.variants = torch.stack([n * 0, n, n], 1)
+        self.tables = [torch.stack([start - 1, start], 1) for start in (top, left)]
+        y, x = (
+            start[:, None] - 1 + torch.arange(side, device=device)
+            for start, side in zip((top, left), self.size, strict=True)
+        )
+        inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+        pixels = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None, :]
+        # Base, patches and a pixel of padding as one list of pixels.
+        over = torch.zeros(count, *self.size, dtype=torch.bool, device=device)
+        over[:, 1:-1, 1:-1] = True
+        patched = height * width + torch.arange(count * ph * pw, device=device)
+        self.index = pixels.masked_scatter(over, patched)
+        self.index = torch.where(inside, self.index, height * width + count * ph * pw)
+        self.padding = self.base.new_zeros(1, channels)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.base, self.patch, self.variants, *self.tables
+
+    def gathered(self, patch: Tensor) -> Tensor:
+        """By ``cat`` and ``index_select``, which in channels_last copy whole rows of channels."""
+        rows = [x.movedim(1, -1).reshape(-1, x.shape[1]) for x in (self.base, patch)]
+        picked = torch.cat([*rows, self.padding]).index_select(0, self.index.flatten())
+        out = picked.view(len(patch), *self.size, -1).movedim(-1, 1)
+        return out.contiguous(memory_format=reference.memory_format(self.base))
+
+    def activated(self) -> Tensor:
+        return F.relu(self.patch + self.bias[:, None, None])
+
+
+def gather(make: Make, shape: tuple[int, ...]) -> Sides:
+    w = Windows(make, shape)
+    moved = 2 * w.index.numel() * shape[1] * w.base.element_size()
+    return Sides(lambda: ops.gather_windows(*w.arguments, w.size), lambda: w.gathered(w.patch), moved)
+
+
+def gather_activated(make: Make, shape: tuple[int, ...]) -> Sides:
+    w = Windows(make, shape)
+    moved = 2 * w.index.numel() * shape[1] * w.base.element_size()
+    return Sides(
+        lambda: ops.gather_windows(*w.arguments, w.size, 0.0, w.bias, 0.0),
+        lambda: w.gathered(w.activated()),
+        moved,
+    )
+
+
+def add(make: Make, shape: tuple[int, ...]) -> Sides:
+    w = Windows(make, shape)
+    out = make(shape)
+    other = out.clone()
+
+    def added() -> Tensor:
+        ops.add_windows_(out, *w.arguments, 0.0)
+        return out
+
+    return Sides(added, lambda: other.add_(w.gathered(w.patch)).relu_(), 3 * _size(out))
+
+
+def pool_rectangles(average: bool) -> Callable[[Make, tuple[int, ...]], Sides]:
+    """3x3/2 behind bias and ReLU; the result reads the rectangle that the gathering gives."""
+    pool = F.avg_pool2d if average else F.max_pool2d
+
+    def prepare(make: Make, shape: tuple[int, ...]) -> Sides:
+        w = Windows(make, shape)
+        # Windows of the pooling begin at even places: a result that begins at an odd one is shifted by one.
+        tables = [torch.stack([torch.zeros_like(t[:, 1]), t[:, 1] - t[:, 0] - 1], 1) for t in w.tables]
+        size = [(side - 3) // 2 + 1 for side in w.size]
+        base = w.base[:, :, : w.size[0], : w.size[1]].contiguous(
+            memory_format=reference.memory_format(w.base)
+        )
+
+        def replaced() -> Tensor:
+            whole = base.expand(shape[0], -1, -1, -1).contiguous(memory_format=reference.memory_format(base))
+            whole[:, :, :-2, :-2] = w.activated()
+            return pool(whole, 3, 2)
+
+        taken = (base, w.patch, w.variants, *tables, size, 3, 2)
+        return Sides(
+            lambda: ops.pool_windows(*taken, average=average, bias=w.bias, low=0.0),
+            replaced,
+            _size(w.patch) * 1.25,
+        )
+
+    return prepare
+
+
+def rectangle_sum(make: Make, shape: tuple[int, ...]) -> Sides:
+    w = Windows(make, shape)
+    tables = [table[:, 1:].contiguous() for table in w.tables]
+    spots = [(int(y), int(x)) for y, x in zip(*tables, strict=True)]
+    ph, pw = w.patch.shape[2:]
+
+    def replaced() -> Tensor:
+        old = torch.cat([w.base[:, :, y : y + ph, x : x + pw].sum((2, 3)) for y, x in spots])
+        return w.patch.sum((2, 3)) - old
+
+    return Sides(lambda: ops.sum_windows(w.base, w.patch, w.variants, *tables), replaced, 2 * _size(w.patch))
+
+
+def occluded(make: Make, shape: tuple[int, ...]) -> Sides:
+    images, fill = make((1, *shape[1:])), make((1, shape[1], 1, 1))
+    device, (height, width), side = images.device, shape[2:], shape[2] // 7
+    n = torch.arange(shape[0], device=device)
+    variants = torch.stack([n * 0, n, n], 1)
+    tables = []
+    for size in (height, width):
+        start = n * (size - side) // shape[0]
+        tables.append(torch.stack([n * 0, start, start + side], 1))
+    y, x = (torch.arange(size, device=device) for size in (height, width))
+    covered = [(p >= t[:, 1:2]) & (p < t[:, 2:]) for p, t in zip((y, x), tables, strict=True)]
+    mask = (covered[0][:, :, None] & covered[1][:, None, :])[:, None]
+    layout = reference.memory_format(images)
+
+    def replaced() -> Tensor:
+        return torch.where(mask, fill, images).contiguous(memory_format=layout)
+
+    return Sides(
+        lambda: ops.occlude(images, fill, variants, *tables, (height, width)),
+        replaced,
+        shape[0] * _size(images) * 2,
+    )
+
+
+def mean_map(make: Make, shape: tuple[int, ...]) -> Sides:
+    """Window 32, stride 8. PyTorch: the axes are a product with a matrix each."""
+    scores = make((1, shape[1], *((side - 32) // 8 + 1 for side in shape[2:])))[0].contiguous()
+    spreads = []
+    for windows, size in zip(scores.shape[1:], shape[2:], strict=True):
+        start, at = torch.arange(windows) * 8, torch.arange(size)[:, None]
+        covers = ((at >= start) & (at < start + 32)).to(scores)
+        spreads.append(covers / covers.sum(1, keepdim=True).clamp(min=1))
+
+    def replaced() -> Tensor:
+        return spreads[0] @ scores @ spreads[1].T
+
+    moved = (shape[1] * shape[2] * shape[3] + scores.numel()) * scores.element_size()
+    return Sides(lambda: ops.window_mean(scores, shape[2:], 32, 8), replaced, moved)
+
+
 IMAGES = (8, 3, 224, 224)
+# Changed rectangles of 16 variants, as SqueezeNet and ResNet have them.
+RECTANGLES = ((16, 64, 40, 40), (16, 128, 28, 28), (16, 256, 16, 16), (16, 512, 8, 8))
 SQUEEZE, VGG, VGG3 = (8, 96, 109, 109), (2, 64, 224, 224), (8, 256, 56, 56)
 CASES = (
     Case("relu", "SqueezeNet conv1", SQUEEZE, relu),
@@ -144,6 +302,19 @@ CASES = (
     Case("conv2d_input_grad", "AlexNet conv1 11x11/4", IMAGES, input_grad(64, 11, 4, 2)),
     Case("conv2d_input_grad", "ZFNet conv1 7x7/2", IMAGES, input_grad(96, 7, 2, 1)),
     Case("max_abs_channels", "images", IMAGES, max_abs),
+    Case("occlude", "16 images", (16, 3, 224, 224), occluded),
+    *(Case("gather_windows", "x".join(map(str, s)), s, gather) for s in RECTANGLES),
+    *(Case("gather_windows bias ReLU", "x".join(map(str, s)), s, gather_activated) for s in RECTANGLES[1:3]),
+    *(Case("add_windows_ ReLU", "x".join(map(str, s)), s, add) for s in RECTANGLES[1:3]),
+    *(
+        Case("pool_windows max 3x3/2", "x".join(map(str, s)), s, pool_rectangles(False))
+        for s in RECTANGLES[:2]
+    ),
+    Case(
+        "pool_windows average 3x3/2", "x".join(map(str, RECTANGLES[1])), RECTANGLES[1], pool_rectangles(True)
+    ),
+    Case("sum_windows", "x".join(map(str, RECTANGLES[3])), RECTANGLES[3], rectangle_sum),
+    Case("window_mean", "1000 maps", (1, 1000, 224, 224), mean_map),
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -11,7 +11,7 @@ import torch
 from models import build
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """VmRSS (now) or VmHWM (highest so far) of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -29,9 +29,9 @@ def main(side: str, method: str, model_name: str, batch: int, size: int, threads
     for parameter in model.parameters():
         parameter.sum()  # resident, as loaded weights are
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     attribute(images, methods.TARGET)
-    print(json.dumps({"peak_bytes": max(0, _resident("VmHWM") - before)}))
+    print(json.dumps({"peak_bytes": max(0, resident("VmHWM") - before)}))
 
 
 if __name__ == "__main__":

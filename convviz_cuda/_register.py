@@ -33,11 +33,13 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
+    differentiable: bool = True,
 ) -> Any:
     """Define ``convviz::name`` and return its overload, ready to call.
 
     ``signature`` is the schema behind the name; ``backward``, ``setup_context`` and ``vmap`` are as in
-    :func:`torch.library.register_autograd` and :func:`torch.library.register_vmap`.
+    :func:`torch.library.register_autograd` and :func:`torch.library.register_vmap`. The results of an op that is
+    not ``differentiable`` are constants to autograd.
     """
     qualified = f"convviz::{name}"
     _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,7 +53,28 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    if not differentiable:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap, lib=_library)
     _names.append(name)
     return getattr(torch.ops.convviz, name).default
+
+
+def vmap_loop(op: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """A vmap rule that calls once for each element, for combinations that no kernel serves."""
+
+    def pick(value: Any, dim: Any, i: int) -> Any:
+        return value.select(dim, i) if isinstance(value, torch.Tensor) and dim is not None else value
+
+    outs = [op(*(pick(v, d, i) for v, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+    if isinstance(outs[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*outs, strict=True)), (0,) * len(outs[0])
+    return torch.stack(outs), 0
+
+
+def looped(op_name: str) -> Callable[..., Any]:
+    """The vmap rule that always loops."""
+    return lambda info, in_dims, *args: vmap_loop(
+        getattr(torch.ops.convviz, op_name).default, info, in_dims, args
+    )

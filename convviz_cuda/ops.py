@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._register import define
+from ._register import define, looped, vmap_loop
 from .checks import (
     Pair,
     batch_outermost,
@@ -36,6 +36,34 @@ from .checks import (
     two_layouts,
 )
 from .reference import GRADIENT, IDENTITY, RULES
+from .window_ops import (
+    add_windows_,
+    gather_windows,
+    gather_windows_,
+    occlude,
+    pool_windows,
+    sum_windows,
+    window_mean,
+)
+
+__all__ = [
+    "FEW_CHANNELS",
+    "Rule",
+    "add_windows_",
+    "conv2d_input_grad",
+    "gather_windows",
+    "gather_windows_",
+    "max_abs_channels",
+    "occlude",
+    "pool_windows",
+    "relu",
+    "relu_",
+    "relu_backward",
+    "relu_max_pool2d",
+    "sum_windows",
+    "switch_unpool2d",
+    "window_mean",
+]
 
 Rule = Literal["identity", "gradient", "deconvnet", "guided"]
 # The most input channels for which conv2d_input_grad has a kernel; libraries do well from there on.
@@ -64,31 +92,13 @@ def _vmap_merged(
             dim is None or isinstance(dim, list | tuple) for dim in in_dims[1:]
         )
         if not alone or grad.dim() < 2 or not fits(grad, *rest):
-            return _vmap_loop(op, info, in_dims, (grad, *rest))
+            return vmap_loop(op, info, in_dims, (grad, *rest))
         signals = grad.movedim(in_dims[0], 0)
         merged = signals.reshape(signals.shape[0] * signals.shape[1], *signals.shape[2:])
         out = op(layout(merged), *rest)
         return out.reshape(*signals.shape[:2], *out.shape[1:]), 0
 
     return rule
-
-
-def _vmap_loop(op, info, in_dims, args):
-    """One call for each element, for combinations that no kernel serves."""
-
-    def pick(value, dim, i):
-        return value.select(dim, i) if isinstance(value, Tensor) and dim is not None else value
-
-    outs = [op(*(pick(v, d, i) for v, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-    if isinstance(outs[0], tuple):
-        return tuple(torch.stack(column) for column in zip(*outs, strict=True)), (0,) * len(outs[0])
-    return torch.stack(outs), 0
-
-
-def _looped(op_name: str):
-    return lambda info, in_dims, *args: _vmap_loop(
-        getattr(torch.ops.convviz, op_name).default, info, in_dims, args
-    )
 
 
 # ------------------------------------------------------------------------------------------------ relu
@@ -115,7 +125,7 @@ relu_op = define(
     _relu_fake,
     setup_context=_relu_context,
     backward=_relu_grad,
-    vmap=_looped("relu"),
+    vmap=looped("relu"),
 )
 
 relu_inplace_op = define(
@@ -303,7 +313,7 @@ relu_max_pool2d_op = define(
     _pool_fake,
     setup_context=_pool_context,
     backward=_pool_grad,
-    vmap=_looped("relu_max_pool2d"),
+    vmap=looped("relu_max_pool2d"),
 )
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import captum.attr
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,48 @@ def test_maps_equal_the_classes_called_directly(work):
             assert row["prediction"]["probability"] == pytest.approx(
                 scores[i].softmax(0).max().item(), rel=1e-5
             )
+
+
+@pytest.mark.parametrize(
+    ("options", "window", "stride"),
+    [((), 5, 2), (("--window", 8), 8, 4), (("--window", 9, "--stride", 5), 9, 5), (("--stride", 1), 5, 1)],
+)
+def test_occlusion_maps_equal_captums(work, options, window, stride):
+    arguments = ("--method", "occlusion", "--target", 3, *options)
+    result = attribute(work, *arguments, images=work / "photos" / "a.png")
+    assert result.exit_code == 0, result.output
+    (row,) = rows(work)
+    model, preprocess = load_model(f"{work / 'net.py'}:net"), Preprocess(36, 32)
+    inputs = preprocess.tensor(preprocess.picture(open_image(work / "photos" / "a.png")))[None]
+    expected = captum.attr.Occlusion(model).attribute(
+        inputs, (3, window, window), (3, stride, stride), target=3
+    )
+    found = raw_map(work, row)
+    assert row["map_shape"] == [1, 32, 32]
+    torch.testing.assert_close(found.expand(3, -1, -1), expected[0], rtol=1e-4, atol=1e-6)
+    asked = dict(zip([o.strip("-") for o in options[::2]], options[1::2], strict=True))
+    assert (row["settings"]["window"], row["settings"]["stride"]) == (
+        asked.get("window"),
+        asked.get("stride"),
+    )
+    assert Image.open(work / "out" / row["files"]["picture"]).width > 3 * 32
+
+
+def test_another_window_is_another_map_and_no_other_methods(work):
+    image, methods = work / "photos" / "a.png", ("--method", "occlusion,saliency")
+    attribute(work, *methods, "--window", 8, images=image)
+    assert "1 map written" in attribute(work, *methods, "--window", 9, images=image).output
+    assert "0 maps written" in attribute(work, *methods, "--window", 8, images=image).output
+    assert sorted(r["method"] for r in rows(work)) == ["occlusion", "occlusion", "saliency"]
+    assert all(("window" in r["settings"]) == (r["method"] == "occlusion") for r in rows(work))
+
+
+def test_a_window_larger_than_a_picture_skips_that_picture(work):
+    Image.new("RGB", (16, 30), "red").save(work / "photos" / "b.jpg")
+    result = attribute(work, "--method", "occlusion", "--window", 20, "--resize", 0, "--crop", 0)
+    assert result.exit_code == 1
+    assert "--window 20 does not fit into a picture of 30 x 16 pixels" in result.output
+    assert [Path(row["image"]).name for row in rows(work)] == ["a.png", "c.png"]
 
 
 def test_a_row_says_how_its_map_was_made(work):
@@ -382,6 +425,21 @@ def test_a_picture_too_small_for_the_model_is_skipped(work):
         (["--layer", "3", "--channel", "8"], "There is no channel 8: the layer has 8"),
         (["--channel", "1"], "--channel names a channel of --layer"),
         (["--layer", "3", "--channel", "-1"], "--channel counts from 0"),
+        (["--window", "8"], "--window and --stride go with --method occlusion"),
+        (["--method", "occlusion", "--window", "0"], "--window is a number of pixels, but it is 0"),
+        (["--method", "occlusion", "--stride", "-1"], "--stride is a number of pixels, but it is -1"),
+        (
+            ["--method", "occlusion", "--window", "33"],
+            "--window 33 does not fit into a picture of 32 x 32 pixels",
+        ),
+        (
+            ["--method", "occlusion", "--window", "4", "--stride", "5"],
+            "--stride 5 leaves gaps between windows of 4 pixels",
+        ),
+        (
+            ["--layer", "3", "--method", "occlusion"],
+            "--layer goes with --method guided or deconvnet, not with occlusion",
+        ),
         (["--device", "cuda:99"], "--device cuda:99 asks for a GPU"),
         (["--device", "gpu"], "--device is auto, cpu, cuda or cuda:N, but it is 'gpu'"),
         (["--device", "meta"], "--device is auto, cpu, cuda or cuda:N, but it is 'meta'"),
@@ -610,6 +668,11 @@ def test_demo(tmp_path):
         assert str(tmp_path / "demo" / name) in result.output.replace("\n", "")
     layers = [f"conv{i}" for i in range(1, 6)]
     assert sorted({unit["layer"] for unit in record["units"]}) == layers
+    shown = [p for p in record["predictions"] if "occlusion" in p]
+    assert len(shown) == len(CLASSES)
+    for p in shown:  # the score falls most where the object is hidden
+        (x0, y0, x1, y1), (x, y) = p["box"], p["occlusion"]["peak"]
+        assert x0 <= x < x1 and y0 <= y < y1
     for name in record["files"]:
         pixels = np.asarray(Image.open(tmp_path / "demo" / name))
         assert min(pixels.shape[:2]) > 500 and pixels.std() > 20

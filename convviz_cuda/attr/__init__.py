@@ -5,6 +5,7 @@ from __future__ import annotations
 from .deconvolution import Deconvolution, NeuronDeconvolution
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .input_x_gradient import InputXGradient
+from .occlusion import Occlusion
 from .saliency import Saliency
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "InputXGradient",
     "NeuronDeconvolution",
     "NeuronGuidedBackprop",
+    "Occlusion",
     "Saliency",
 ]

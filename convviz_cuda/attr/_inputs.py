@@ -46,22 +46,24 @@ def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple((x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in inputs)
 
 
+def gains_turned(x: Tensor) -> bool:
+    """Whether an input holds images that CPUs convolve up to twice as fast in channels_last."""
+    return (
+        x.dim() == 4
+        and x.device.type == "cpu"
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+        and x.is_contiguous()
+        and x.shape[1] > 1
+    )
+
+
 def turned(xs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """The leaves with images in channels_last, where CPUs convolve up to twice as fast; None if none gains."""
-
-    def gains(x: Tensor) -> bool:
-        return (
-            x.dim() == 4
-            and x.device.type == "cpu"
-            and x.dtype != torch.float64
-            and x.is_contiguous()
-            and x.shape[1] > 1
-        )
-
-    if not any(map(gains, xs)):
+    """The leaves with images in channels_last; None if none gains."""
+    if not any(map(gains_turned, xs)):
         return None
     return tuple(
-        x.detach().contiguous(memory_format=torch.channels_last).requires_grad_() if gains(x) else x
+        x.detach().contiguous(memory_format=torch.channels_last).requires_grad_() if gains_turned(x) else x
         for x in xs
     )
 
@@ -95,14 +97,20 @@ def select_target(output: Tensor, target: Target) -> Tensor:
 
     Raises AssertionError for a missing or ill-shaped target and IndexError for one out of range.
     """
+    selected = select_scores(output, target)
+    assert selected.dim() == 0 or selected[:1].numel() <= 1, (
+        "Target not provided when necessary, cannot take gradient with respect to multiple outputs: "
+        f"target {target!r} of output shape {tuple(output.shape)} leaves the shape {tuple(selected.shape)}."
+    )
+    return selected
+
+
+def select_scores(output: Tensor, target: Target) -> Tensor:
+    """:func:`select_target` for methods that need no gradient: several scores of an example may be left."""
     assert isinstance(output, Tensor), (
         f"The forward function must return a tensor, but it returned {type(output)}."
     )
     if target is None:
-        assert output.dim() == 0 or output[:1].numel() <= 1, (
-            "Target not provided when necessary, cannot take gradient with respect to multiple outputs: "
-            f"the output has the shape {tuple(output.shape)}."
-        )
         return output
     if isinstance(target, np.ndarray):
         target = torch.from_numpy(target)
@@ -119,39 +127,33 @@ def select_target(output: Tensor, target: Target) -> Tensor:
             target = target.tolist()
     assert output.dim() > 0, f"The output is a scalar, so it has no target {target!r}."
     if _is_int(target):
-        selected = _column(output, (int(target),))
-    elif isinstance(target, tuple):
-        selected = _column(output, target)
-    elif isinstance(target, list):
-        assert len(target) == output.shape[0], (
-            f"Target list length does not match output! {len(target)} targets for output shape {tuple(output.shape)}."
-        )
-        rows = [(int(t),) if _is_int(t) else t for t in target]
-        assert all(isinstance(row, tuple) for row in rows), (
-            f"Target list must hold ints or tuples, not {target!r}."
-        )
-        for row in rows:  # before a GPU meets them, where a wrong index is no exception but the end
-            for index, size in zip(row, output.shape[1:], strict=False):
-                if not -size <= index < size:
-                    raise IndexError(
-                        f"Target {index} is out of range for output shape {tuple(output.shape)}."
-                    )
-        if output.dim() == 2 and all(len(row) == 1 for row in rows):
-            columns = torch.tensor([row[0] for row in rows], device=output.device)
-            selected = output[torch.arange(len(rows), device=output.device), columns]
-        else:
-            assert all(len(row) == output.dim() - 1 for row in rows), (
-                f"Output must be 2D to select a list of ints; each target of output shape {tuple(output.shape)} "
-                f"must be a tuple of {output.dim() - 1} ints, but the targets are {target!r}."
-            )
-            selected = torch.stack([output[(i, *row)] for i, row in enumerate(rows)])
-    else:
+        return _column(output, (int(target),))
+    if isinstance(target, tuple):
+        return _column(output, target)
+    if not isinstance(target, list):
         raise AssertionError(f"Target type {type(target)} is not valid: {target!r}.")
-    assert selected[:1].numel() <= 1, (
-        "Target not provided when necessary, cannot take gradient with respect to multiple outputs: "
-        f"target {target!r} of output shape {tuple(output.shape)} leaves the shape {tuple(selected.shape)}."
+    assert len(target) == output.shape[0], (
+        f"Target list length does not match output! {len(target)} targets for output shape {tuple(output.shape)}."
     )
-    return selected
+    rows = [(int(t),) if _is_int(t) else t for t in target]
+    assert all(isinstance(row, tuple) for row in rows), (
+        f"Target list must hold ints or tuples, not {target!r}."
+    )
+    for row in rows:  # before a GPU meets them, where a wrong index is no exception but the end
+        for index, size in zip(row, output.shape[1:], strict=False):
+            if not -size <= index < size:
+                raise IndexError(f"Target {index} is out of range for output shape {tuple(output.shape)}.")
+    if output.dim() == 2 and all(len(row) == 1 for row in rows):
+        columns = torch.tensor([row[0] for row in rows], dtype=torch.long, device=output.device)
+        return output[torch.arange(len(rows), device=output.device), columns]
+    assert output.dim() == 2 or not any(_is_int(t) for t in target), (
+        f"Output must be 2D to select a list of ints, but its shape is {tuple(output.shape)}."
+    )
+    assert len({len(row) for row in rows}) == 1 and len(rows[0]) <= output.dim() - 1, (
+        f"Each target of output shape {tuple(output.shape)} must be a tuple of at most {output.dim() - 1} ints, all of "
+        f"one length, but the targets are {target!r}."
+    )
+    return torch.stack([output[(i, *row)] for i, row in enumerate(rows)])
 
 
 def target_list(targets: Any) -> list[Target]:

@@ -11,7 +11,7 @@ from .console import refusing
 
 app = typer.Typer(
     name="convviz",
-    help="Look into convolutional networks: saliency, guided backprop and deconvnet, fast and exactly.",
+    help="Look into convolutional networks: saliency, guided backprop, deconvnet and occlusion, fast and exactly.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -78,7 +78,7 @@ def attribute(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Any of saliency, inputxgradient, guided, deconvnet, with commas between them. "
+            help="Any of saliency, inputxgradient, guided, deconvnet, occlusion, with commas between them. "
             "[default: saliency,guided,deconvnet; with --layer guided,deconvnet]"
         ),
     ] = None,
@@ -90,6 +90,20 @@ def attribute(
         ),
     ] = None,
     channel: Annotated[int | None, typer.Option(help="... of this channel of the layer.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the square that hides a part, in pixels. [default: a seventh of the short side]",
+            rich_help_panel="Occlusion",
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels from one place of the square to the next. [default: half its side]",
+            rich_help_panel="Occlusion",
+        ),
+    ] = None,
     resize: Annotated[
         int, typer.Option(help="Short side in pixels; 0 keeps the size.", rich_help_panel="Pictures")
     ] = 256,
@@ -130,7 +144,7 @@ def attribute(
     with refusing():
         request = Request.parse(
             model=model, weights=weights, method=method, target=target, layer=layer, channel=channel,
-            resize=resize, crop=crop, mean=mean, std=std, labels=labels, device=device, dtype=dtype,
-            batch_size=batch_size, overwrite=overwrite, out=out,
+            window=window, stride=stride, resize=resize, crop=crop, mean=mean, std=std, labels=labels,
+            device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite, out=out,
         )  # fmt: skip
         raise typer.Exit(run(request, images))

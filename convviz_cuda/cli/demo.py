@@ -21,13 +21,14 @@ from ..journal import write_atomically
 from ..sheets import ColourBar, Panel, Row, beside, sheet
 from ..version import __version__
 from .console import Refusal, arguments
-from .methods import METHODS, StrongestUnit, attribute_class, attribute_unit
+from .methods import METHODS, Occluder, StrongestUnit, attribute_class, attribute_unit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 96
-SHOWN = ("saliency", "guided", "deconvnet")
+SHOWN = ("saliency", "guided", "deconvnet", "occlusion")
+OCCLUDER = Occluder(window=16, stride=4)
 UNITS = 6  # of each layer
 CHOICE = 8  # scenes of each class among which a unit's strongest activation is looked for
 FIRST_SET = 1 << 40  # sets of scenes from here on are the demo's; training and its tests take small seeds
@@ -101,12 +102,17 @@ def _class_sheet(
     predictions: Sequence[dict[str, Any]],
     detail: Sequence[int],
 ) -> Image:
-    """Scene, saliency, guided backprop and deconvnet of the true class, two scenes in a row."""
+    """Scene and maps of the true class, two scenes in a row."""
     targets = [shown[i].label for i in detail]
-    maps = {name: attribute_class(METHODS[name], model, inputs[detail], targets).numpy() for name in SHOWN}
+    maps = {
+        name: attribute_class(METHODS[name], model, inputs[detail], targets, OCCLUDER).numpy()
+        for name in SHOWN
+    }
     rows: list[list[Panel]] = []
     for place, i in enumerate(detail):
         p = predictions[i]
+        y, x = np.unravel_index(maps["occlusion"][place, 0].argmax(), maps["occlusion"].shape[2:])
+        p["occlusion"] = {"window": OCCLUDER.window, "stride": OCCLUDER.stride, "peak": [int(x), int(y)]}
         mark = "" if p["predicted"] == p["class"] else f", taken for {p['predicted']}"
         panels = [Panel(shown[i].image, f"{p['class']}{mark}, {p['probability']:.2f}", photograph=True)]
         for name in SHOWN:
@@ -123,13 +129,15 @@ def _class_sheet(
         [Row(panels) for panels in rows],
         title="What the class score of a scene depends on",
         note="zfnet_mini on generated scenes it was not trained on. Below a scene: its class and the "
-        "probability of the prediction. Saliency is the largest |gradient| over the colour channels, the "
-        "others are sums over them. Below a map: the range of its values.",
+        "probability of the prediction. Saliency is the largest |gradient| over the colour channels, "
+        "guided backprop and deconvnet are sums over them. Occlusion is by how much the score falls when a "
+        f"grey square of {OCCLUDER.window} pixels hides a place, the mean over the squares that hide it. Below a map: "
+        "the range of its values.",
         columns=headings * 2,
         width=2 * SIDE,
         bars=[
             ColourBar(False, "0", "end of the colours", "Saliency"),
-            ColourBar(True, "\u2212end", "+end of the colours", "Guided backprop, DeconvNet"),
+            ColourBar(True, "\u2212end", "+end of the colours", "Guided backprop, DeconvNet, Occlusion"),
         ],
     )
 

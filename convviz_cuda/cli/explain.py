@@ -65,7 +65,6 @@ class Explainer:
                 self.layer = None
         self.dtype = DTYPES[request.dtype]
         self.model = model.to(request.device, self.dtype).requires_grad_(False)
-        self.settings = request.settings()
         self._most = request.batch_size
         self._seen = False  # whether the model has taken an input yet
 
@@ -153,10 +152,11 @@ class Explainer:
     def _maps(
         self, method: Method, inputs: torch.Tensor, targets: list[int]
     ) -> tuple[torch.Tensor, list[Any]]:
-        """Float32 [N, C, H, W] on the CPU, and the unit of each example (None for a class)."""
+        """Float32 [N, C, H, W] (occlusion: C = 1) on the CPU, and the unit of each example (None for a class)."""
         try:
             if self.layer is None:
-                maps, units = attribute_class(method, self.model, inputs, targets), [None] * len(targets)
+                maps = attribute_class(method, self.model, inputs, targets, self.request.occluder)
+                units: list[Any] = [None] * len(targets)
             else:
                 selector = StrongestUnit(self.request.channel)
                 maps = attribute_unit(method, self.model, self.layer, inputs, selector)
@@ -218,7 +218,7 @@ class Explainer:
             "map_range": [_finite(attribution.min().item()), _finite(attribution.max().item())],
             "dtype": self.request.dtype,
             "device": str(self.request.device),
-            "settings": self.settings,
+            "settings": self.request.settings(method),
             "seconds": round(seconds, 6),
             "version": __version__,
             "files": files,
@@ -247,8 +247,8 @@ def _write_picture(
 ) -> None:
     values = reduce_channels(attribution.numpy(), method.signed)
     limit = colour_limit(values)
-    reduced = "sum" if method.signed else "maximum"
-    map_caption = f"{reduced} over channels:\n{range_text(values, limit, method.signed)}"
+    reduced = method.shows or ("sum over channels" if method.signed else "maximum over channels")
+    map_caption = f"{reduced}:\n{range_text(values, limit, method.signed)}"
     bar = ColourBar(method.signed, f"{number(-limit)}" if method.signed else "0", number(limit))
     panels = [
         Panel(shown, f"predicted: {class_text(row['prediction'])}", photograph=True),

@@ -15,7 +15,8 @@ class Method:
     """A method of ``convviz_cuda.attr`` under the name that commands use.
 
     of_class, of_unit: class names in ``convviz_cuda.attr`` for a class score and for a unit of a layer (None
-    if there is no such method). signed: whether the sign of its maps means something.
+    if there is no such method). signed: whether the sign of its maps means something. shows: what a map's colours
+    are, if it has no channels to be reduced.
     """
 
     name: str
@@ -23,8 +24,10 @@ class Method:
     of_class: str
     of_unit: str | None
     signed: bool
+    shows: str | None = None
 
 
+OCCLUSION = Method("occlusion", "Occlusion", "Occlusion", None, signed=True, shows="mean fall of the score")
 METHODS = {
     m.name: m
     for m in (
@@ -32,6 +35,7 @@ METHODS = {
         Method("inputxgradient", "Input x gradient", "InputXGradient", None, signed=True),
         Method("guided", "Guided backprop", "GuidedBackprop", "NeuronGuidedBackprop", signed=True),
         Method("deconvnet", "DeconvNet", "Deconvolution", "NeuronDeconvolution", signed=True),
+        OCCLUSION,
     )
 }
 
@@ -97,12 +101,43 @@ def _position(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(position))
 
 
+@dataclass(frozen=True)
+class Occluder:
+    """Side and stride of the square that hides the mean colour's place, in pixels.
+
+    None: a seventh of the picture's short side, and half the square's side.
+    """
+
+    window: int | None = None
+    stride: int | None = None
+
+    def sized(self, height: int, width: int) -> Occluder:
+        """Without None, for a picture. Raises ValueError if it does not fit."""
+        window = self.window or max(1, round(min(height, width) / 7))
+        stride = self.stride or max(1, window // 2)
+        if window > min(height, width):
+            raise ValueError(f"--window {window} does not fit into a picture of {height} x {width} pixels.")
+        if stride > window:
+            raise ValueError(f"--stride {stride} leaves gaps between windows of {window} pixels.")
+        return Occluder(window, stride)
+
+
 def attribute_class(
-    method: Method, model: nn.Module, inputs: torch.Tensor, targets: list[int]
+    method: Method,
+    model: nn.Module,
+    inputs: torch.Tensor,
+    targets: list[int],
+    occluder: Occluder = Occluder(),
 ) -> torch.Tensor:
-    """Attribution [N, C, H, W] of one class score for each example."""
+    """Attribution [N, C, H, W] of one class score for each example; [N, 1, H, W] by occlusion."""
     from .. import attr
 
+    if method is OCCLUSION:
+        size = occluder.sized(*inputs.shape[2:])
+        channels = inputs.shape[1]
+        window, strides = ((channels, side, side) for side in (size.window, size.stride))
+        # 0 is the mean colour after preprocessing. The window hides all channels, so that they have one map.
+        return attr.Occlusion(model).attribute(inputs, window, strides, 0, targets)[:, :1]
     return getattr(attr, method.of_class)(model).attribute(inputs, target=targets)
 
 

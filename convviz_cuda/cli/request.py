@@ -12,7 +12,7 @@ from ..journal import digest
 from ..loading import read_labels, sha256
 from ..preprocess import Preprocess
 from .console import Refusal, arguments
-from .methods import METHODS, Method, parse_methods
+from .methods import METHODS, OCCLUSION, Method, Occluder, parse_methods
 
 DTYPES = {
     "float32": torch.float32,
@@ -32,6 +32,7 @@ class Request:
     target: int | None  # None: the predicted class
     layer: str | None
     channel: int | None
+    occluder: Occluder
     preprocess: Preprocess
     labels: list[str] | None
     device: torch.device
@@ -49,6 +50,8 @@ class Request:
         target: str,
         layer: str | None,
         channel: int | None,
+        window: int | None,
+        stride: int | None,
         resize: int,
         crop: int,
         mean: str,
@@ -78,6 +81,7 @@ class Request:
             preprocess = Preprocess(
                 resize or None, crop or None, _numbers("--mean", mean), _numbers("--std", std)
             )
+            occluder = _occluder(window, stride, methods, preprocess.crop)
             if dtype not in DTYPES:
                 raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, but it is {dtype!r}.")
             if out.exists() and not out.is_dir():
@@ -93,6 +97,7 @@ class Request:
                 target=_target(target),
                 layer=layer,
                 channel=channel,
+                occluder=occluder,
                 preprocess=preprocess,
                 labels=read_labels(labels) if labels is not None else None,
                 device=_device(device),
@@ -104,8 +109,9 @@ class Request:
                 **rest,
             )
 
-    def settings(self) -> dict[str, Any]:
-        """What the numbers depend on (not the device, nor the batch size: they change roundings only)."""
+    def settings(self, method: Method) -> dict[str, Any]:
+        """What a method's numbers depend on (not the device, nor the batch size: they change roundings only)."""
+        occluder = {"window": self.occluder.window, "stride": self.occluder.stride}
         return {
             "model": self.model,
             "weights": None if self.weights is None else str(self.weights),
@@ -118,11 +124,12 @@ class Request:
             "mean": list(self.preprocess.mean),
             "std": list(self.preprocess.std),
             "dtype": self.dtype,
+            **(occluder if method is OCCLUSION else {}),
         }
 
     def identity(self, image: str, method: Method) -> str:
         """The id of the row of an image under a method. Weights count by content, wherever they lie."""
-        settings = self.settings()
+        settings = self.settings(method)
         if "weights_sha256" in settings:
             del settings["weights"]
         return digest(image, method.name, settings)
@@ -133,6 +140,18 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{option} holds numbers with commas between them, but it is {text!r}.") from None
+
+
+def _occluder(window: int | None, stride: int | None, methods: list[Method], crop: int | None) -> Occluder:
+    if OCCLUSION not in methods and not window is stride is None:
+        raise ValueError("--window and --stride go with --method occlusion.")
+    for option, value in (("--window", window), ("--stride", stride)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} is a number of pixels, but it is {value}.")
+    occluder = Occluder(window, stride)
+    if crop is not None:
+        occluder.sized(crop, crop)  # every picture has this size: refused before the first is read
+    return occluder
 
 
 def _target(text: str) -> int | None:

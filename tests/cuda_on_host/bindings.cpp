@@ -1,5 +1,6 @@
-// The launchers of csrc/kernels/*_cuda.cu for NumPy arrays, which only carry addresses here: sizes and
-// strides are given in elements. float16 and bfloat16 arrays hold the values' bits.
+// The launchers of csrc/kernels/*_cuda.cu for NumPy arrays. These carry addresses only, and sizes and strides
+// are given in elements; of the window ops' arrays the sizes and strides are read too. float16 and bfloat16
+// arrays hold the values' bits.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -12,8 +13,12 @@
 #include "kernels/conv2d_input_grad.h"
 #include "kernels/max_abs_channels.h"
 #include "kernels/max_pool.h"
+#include "kernels/overlay_windows.h"
+#include "kernels/pool_windows.h"
 #include "kernels/relu.h"
+#include "kernels/sum_windows.h"
 #include "kernels/switch_unpool.h"
+#include "kernels/window_mean.h"
 
 namespace py = pybind11;
 using namespace convviz;
@@ -171,6 +176,102 @@ void max_abs_channels(const std::string& dtype, bool channels_last, const py::ar
   });
 }
 
+// The tables: variants, rows, cols.
+using Tables = std::vector<py::array>;
+
+struct Bounds {
+  std::optional<py::array> bias;
+  double low, high;
+};
+
+template <class T>
+MapView<T> view(const py::array& map, int64_t channel = 0) {
+  const int64_t item = map.itemsize(), c = map.shape(1) == 1 ? 1 : map.strides(1) / item;
+  auto* data = const_cast<std::remove_const_t<T>*>(pointer<std::remove_const_t<T>>(map));
+  return {data + channel * c, map.strides(0) / item, c, map.strides(2) / item, map.strides(3) / item};
+}
+
+template <class T>
+WindowSources<T> sources(const py::array& base, const py::array& patch, const Tables& tables) {
+  const WindowTables windows{
+      pointer<int64_t>(tables[0]), pointer<int64_t>(tables[1]), pointer<int64_t>(tables[2]), base.shape(0),
+      tables[1].shape(0),          tables[2].shape(0),          tables[1].shape(1)};
+  return {view<const T>(base), view<const T>(patch), base.shape(2), base.shape(3),
+          patch.shape(2),      patch.shape(3),       windows};
+}
+
+template <class T>
+Activation<T> activation(const Bounds& bounds) {
+  using A = acc_t<T>;
+  const A inf = std::numeric_limits<A>::infinity(), low = static_cast<A>(bounds.low),
+          high = static_cast<A>(bounds.high);
+  return {bounds.bias ? pointer<T>(*bounds.bias) : nullptr, low, high,
+          !bounds.bias && low == -inf && high == inf};
+}
+
+void overlay_windows(const std::string& dtype, const py::array& base, const py::array& patch,
+                     const Tables& tables, const py::array& out, int64_t channel, double pad, bool add,
+                     std::optional<py::array> bias, double low, double high) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    OverlayArgs<T> args{};
+    args.from = sources<T>(base, patch, tables);
+    args.activation = activation<T>({bias, low, high});
+    args.pad = static_cast<T>(static_cast<acc_t<T>>(pad));
+    args.add = add;
+    args.out = view<T>(out, channel);
+    args.count = out.shape(0);
+    args.channels = base.shape(1);
+    args.height = out.shape(2);
+    args.width = out.shape(3);
+    check(overlay_cuda(args, nullptr));
+  });
+}
+
+void pool_rectangles(const std::string& dtype, const py::array& base, const py::array& patch,
+                     const Tables& tables, const py::array& out, const Ints& h, const Ints& w, bool average,
+                     bool count_padding, double divisor, std::optional<py::array> bias, double low,
+                     double high) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    PoolWindowsArgs<T> args{};
+    args.from = sources<T>(base, patch, tables);
+    args.activation = activation<T>({bias, low, high});
+    args.h = axis(h);
+    args.w = axis(w);
+    args.count_padding = count_padding;
+    args.divisor = static_cast<acc_t<T>>(divisor);
+    args.out = view<T>(out);
+    args.count = out.shape(0);
+    args.channels = out.shape(1);
+    check(pool_windows_cuda(args, average, nullptr));
+  });
+}
+
+void sum_windows(const std::string& dtype, const py::array& base, const py::array& patch,
+                 const Tables& tables, const py::array& out, std::optional<py::array> bias, double low,
+                 double high) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const SumWindowsArgs<T> args{sources<T>(base, patch, tables), activation<T>({bias, low, high}),
+                                 pointer<T>(out), out.shape(0), out.shape(1)};
+    check(sum_windows_cuda(args, nullptr));
+  });
+}
+
+void mean_of_windows(const std::string& dtype, const py::array& scores, const py::array& out,
+                     const Ints& window, const Ints& stride) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const WindowMeanArgs<T> args{pointer<T>(scores),
+                                 pointer<T>(out),
+                                 scores.shape(0),
+                                 {scores.shape(1), out.shape(1), window[0], Divider(stride[0])},
+                                 {scores.shape(2), out.shape(2), window[1], Divider(stride[1])}};
+    check(window_mean_cuda(args, nullptr));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda_on_host, m) {
@@ -180,6 +281,10 @@ PYBIND11_MODULE(_cuda_on_host, m) {
   m.def("switch_unpool2d", &switch_unpool2d);
   m.def("conv2d_input_grad", &conv2d_input_grad);
   m.def("max_abs_channels", &max_abs_channels);
+  m.def("overlay_windows", &overlay_windows);
+  m.def("pool_windows", &pool_rectangles);
+  m.def("sum_windows", &sum_windows);
+  m.def("window_mean", &mean_of_windows);
   m.def("divide", [](int64_t index, int64_t divisor) { return Divider(divisor).quotient(index); });
   m.def("load_vector", [](const py::array& from) {
     float to[4];

@@ -1,0 +1,279 @@
+"""A model as a flat list of layers with geometry, captured with ``torch.export``.
+
+What an occluder, a receptive field or a projection needs to know of a network is which values each layer reads and how
+positions of its input map to positions of its output. :func:`capture` finds that out for a model of any spelling
+(modules, functionals, methods, in-place) and :class:`Network` holds it. Whatever cannot be described so raises
+:class:`CannotCapture` with the reason, and the callers run the model as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._layers import Axis, Layer, Unsupported, parse
+
+
+class CannotCapture(RuntimeError):
+    """Why a model has no flat list of layers, as a sentence."""
+
+
+@dataclass
+class Network:
+    """A captured model: ``layers`` in the order in which they run, ``output`` the index of the last, ``names`` the modules' outputs."""
+
+    layers: list[Layer]
+    output: int
+    names: dict[str, int]
+    kept: frozenset[int] = frozenset()
+    derived: dict[Any, Any] = field(default_factory=dict)  # what was worked out of it, for the next call
+
+    def readers(self) -> list[list[int]]:
+        """For each layer, the layers that read it."""
+        readers: list[list[int]] = [[] for _ in self.layers]
+        for index, layer in enumerate(self.layers):
+            for source in dict.fromkeys(layer.inputs):
+                readers[source].append(index)
+        return readers
+
+    def run(self, images: Tensor, keep: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """The output (N, ...) for images (N, C, H, W), and the values of the layers in ``keep``."""
+        keep = set(keep)
+        last = {source: index for index, layer in enumerate(self.layers) for source in layer.inputs}
+        values: dict[int, Any] = {0: images}
+        for index, layer in enumerate(self.layers[1:], start=1):
+            values[index] = layer.run([values[source] for source in layer.inputs])
+            for source in set(layer.inputs):
+                if last[source] == index and source not in keep and source != self.output:
+                    del values[source]
+        return values[self.output], {index: values[index] for index in keep}
+
+    def layer_index(self, name: str) -> int:
+        """The layer whose value is the output of the module ``name``; ValueError if there is none."""
+        if name not in self.names:
+            known = ", ".join(repr(known) for known in self.names if known)
+            raise ValueError(f"The model has no layer {name!r} that runs. Its layers are: {known}.")
+        return self.names[name]
+
+    def optimised(self, keep: Iterable[int] = ()) -> Network:
+        """The same function with batch norm folded into convolutions and clamps into the layer before, the values of ``keep`` untouched.
+
+        The new network's ``kept`` are those layers' new indexes (in order of the old ones); ``names`` lists only what is still computed.
+        """
+        keep = set(keep)
+        layers = [dataclasses.replace(layer) for layer in self.layers]
+        readers = self.readers()
+        moved = list(range(len(layers)))  # where a layer's value is found now
+        for index, layer in enumerate(layers):
+            layer.inputs = tuple(moved[source] for source in layer.inputs)
+            if len(layer.inputs) != 1 or layer.kind != "pointwise":
+                continue
+            source = layer.inputs[0]
+            before = layers[source]
+            if source in keep or self.output == source or sum(moved[r] == r for r in readers[source]) != 1:
+                continue
+            if (
+                layer.args
+                and layer.args[0] == "affine"
+                and before.kind == "convolution"
+                and before.activation is None
+            ):
+                _fold(before, layer.args[1], layer.args[2])
+            elif (
+                layer.args
+                and layer.args[0] == "clamp"
+                and before.activation is None
+                and (before.kind in ("convolution", "add") or before.args[:1] == ("affine",))
+            ):
+                before.activation = layer.args[1]
+            else:
+                continue
+            moved[index] = source
+            readers[source] = readers[index]
+            if index in keep:
+                keep = (keep - {index}) | {source}
+        used = [index for index in range(len(layers)) if moved[index] == index]
+        new = {old: position for position, old in enumerate(used)}
+        # A layer that took others in has the value of the last of them, no longer its own.
+        final = {place: index for index, place in enumerate(moved)}
+        names = {
+            name: new[moved[index]] for name, index in self.names.items() if final[moved[index]] == index
+        }
+        result = []
+        for old in used:
+            layer = layers[old]
+            layer.inputs = tuple(new[source] for source in layer.inputs)
+            layer.pack()
+            result.append(layer)
+        return Network(result, new[moved[self.output]], names, frozenset(new[moved[index]] for index in keep))
+
+    def selected(self, classes: Sequence[int]) -> Network:
+        """The same network that computes only some of its outputs, where its last layers allow it; else itself.
+
+        Exact: the last linear layer or convolution loses its other rows, and what follows treats every channel alike.
+        """
+        readers = self.readers()
+        path = [self.output]
+        while True:
+            layer = self.layers[path[-1]]
+            if layer.kind in ("linear", "convolution"):
+                break
+            alike = layer.kind in ("mean", "max_pool", "average_pool") or layer.args[:1] in (
+                ("clamp",),
+                ("flatten",),
+            )
+            if not alike or len(layer.inputs) != 1 or len(readers[layer.inputs[0]]) != 1:
+                return self
+            if (
+                layer.args[:1] == ("flatten",)
+                and math.prod(layer.shape) != self.layers[layer.inputs[0]].shape[0]
+            ):
+                return self
+            path.append(layer.inputs[0])
+        last = self.layers[path[-1]]
+        assert last.weight is not None
+        if last.groups != 1 or len(last.shape) not in (1, 3) or path[-1] in self.kept:
+            return self
+        rows = torch.as_tensor(list(classes), device=last.weight.device)
+        layers = list(self.layers)
+        for index in path:
+            layer = layers[index]
+            layers[index] = dataclasses.replace(layer, shape=(len(classes), *layer.shape[1:]))
+        layers[path[-1]] = last = dataclasses.replace(
+            layers[path[-1]],
+            weight=last.weight[rows],
+            bias=None if last.bias is None else last.bias[rows],
+            packed=None,
+        )
+        last.pack()
+        return Network(layers, self.output, self.names, self.kept)
+
+
+def _fold(convolution: Layer, scale: Tensor, shift: Tensor) -> None:
+    """Multiply a per-channel scale and shift into a convolution, in double precision."""
+    weight, bias = convolution.weight, convolution.bias
+    assert weight is not None
+    wide = weight.double() * scale.double().view(-1, 1, 1, 1)
+    offset = shift.double() if bias is None else bias.double() * scale.double() + shift.double()
+    convolution.weight, convolution.bias = wide.to(weight.dtype), offset.to(weight.dtype)
+
+
+# -- capture -------------------------------------------------------------------------------------------------------------------------
+
+_captured: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Network]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
+    """The layers of a model on images like these ((N, C, H, W)): its function in evaluation mode, for any batch size.
+
+    The last capture of each model is remembered and used again while its parameters, buffers, modes and the images' size, dtype and
+    device stay what they were; ``again=True`` captures anew. The model and its parameters are only read.
+
+    Raises:
+        CannotCapture: with the reason, if the model is not a module in evaluation mode, has hooks, cannot be exported (control flow that
+            depends on data, several outputs), or mixes the images of a batch.
+    """
+    if not isinstance(model, nn.Module):
+        raise CannotCapture(
+            f"A {type(model).__name__} is not a torch.nn.Module, so its layers are not known."
+        )
+    key = _key(model, images)
+    with _lock:
+        try:
+            known = _captured.get(model)
+        except TypeError:
+            known = None
+        if known is not None and known[0] == key and not again:
+            return known[1]
+        network = _capture(model, images)
+        try:
+            _captured[model] = (key, network)
+        except TypeError:
+            pass  # a module without a weak reference is captured at every call
+        return network
+
+
+def _key(model: nn.Module, images: Tensor) -> Any:
+    for name, module in model.named_modules():
+        if module.training:
+            raise CannotCapture(f"The module {name or type(model).__name__!r} is in training mode.")
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if hooks:
+            raise CannotCapture(f"The module {name or type(model).__name__!r} has forward hooks.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CannotCapture(f"The module {name or type(model).__name__!r} is scripted.")
+    tensors = [*model.parameters(), *model.buffers()]
+    try:
+        state = tuple((id(t), t._version, t.data_ptr()) for t in tensors)
+    except RuntimeError as error:
+        raise CannotCapture(f"The parameters of the model cannot be followed: {error}") from None
+    return tuple(images.shape[1:]), images.dtype, images.device, state
+
+
+def _capture(model: nn.Module, images: Tensor) -> Network:
+    example = torch.zeros(2, *images.shape[1:], dtype=images.dtype, device=images.device)
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    try:
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+            )
+            network = Network(*parse(program, model))
+    except (KeyboardInterrupt, MemoryError, CannotCapture):
+        raise
+    except Unsupported as error:
+        raise CannotCapture(str(error)) from None
+    except Exception as error:  # torch.export raises whatever the traced code and the tracer raise
+        reason = str(error).strip().splitlines()
+        raise CannotCapture(
+            f"torch.export cannot capture the model: {type(error).__name__}: {reason[0] if reason else ''}"
+        ) from None
+    finally:
+        assert modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    _check_rows(network, example)
+    return network
+
+
+def _check_rows(network: Network, example: Tensor) -> None:
+    """Each image's output must be its own: a batch of two against the two alone."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(example.shape, generator=generator, dtype=torch.float32).to(example)
+    try:
+        with torch.no_grad():
+            both, _ = network.run(noise)
+            alone = torch.cat([network.run(noise[:1])[0], network.run(noise[1:])[0]])
+    except RuntimeError as error:  # not implemented for a dtype, say
+        raise CannotCapture(f"The captured layers do not run: {error}") from None
+    if both.shape != alone.shape or not rows_agree(both, alone):
+        raise CannotCapture(
+            "The model mixes the images of a batch: an image's output depends on its neighbours."
+        )
+
+
+def rows_agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of the same function agree as far as rounding allows (NaN where the other has NaN)."""
+    if a.shape != b.shape:
+        return False
+    if a.numel() == 0 or not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 6e-2}.get(
+        a.dtype, 1e-4
+    )
+    wide_a, wide_b = a.double(), b.double()
+    finite = wide_a[torch.isfinite(wide_a)]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return bool(torch.allclose(wide_a, wide_b, rtol=0, atol=tolerance * scale + 1e-30, equal_nan=True))
+
+
+__all__ = ["Axis", "CannotCapture", "Layer", "Network", "capture", "rows_agree"]

@@ -1,0 +1,680 @@
+"""The occlusion sweep against masked images through the model itself, one by one."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convviz_cuda import sweep as sweep_module
+from convviz_cuda._sweep_plan import Geometry, costs
+from convviz_cuda.models import zfnet_mini
+from convviz_cuda.network import capture
+from convviz_cuda.progress import Progress
+from convviz_cuda.sweep import fill_values, occlusion_sweep, window_spans
+
+
+def images(count=2, channels=3, height=24, width=24, dtype=torch.float64, seed=1):
+    return torch.randn(
+        count, channels, height, width, dtype=dtype, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def brute_force(model, x, window, stride, fill=0.0, border="clip"):
+    """(B, R, Q, K) by slicing: the definition."""
+    fill = torch.as_tensor(fill, dtype=x.dtype).expand(x.shape)
+    (wh, ww), (sh, sw) = ((v, v) if isinstance(v, int) else v for v in (window, stride))
+    height, width = x.shape[2:]
+
+    def starts(size, side, step):
+        last = (size - side) // step if border == "inside" else -((side - size) // step)
+        return [i * step for i in range(last + 1)]
+
+    rows = []
+    for top in starts(height, wh, sh):
+        row = []
+        for left in starts(width, ww, sw):
+            masked = x.clone()
+            area = (..., slice(top, top + wh), slice(left, left + ww))
+            masked[area] = fill[area]
+            with torch.no_grad():
+                row.append(model(masked))
+        rows.append(torch.stack(row, 1))
+    return torch.stack(rows, 1)
+
+
+def close(found, expected, part=1e-10):
+    expected = expected.detach()
+    spread = max(float(expected.max() - expected.min()), 1e-30)
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= part * spread, (
+        float((found - expected).abs().max()) / spread
+    )
+
+
+def small_net(seed=0, classes=5):
+    torch.manual_seed(seed)
+    return (
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+        ).double().eval()
+    )  # fmt: skip
+
+
+# -- random networks
+
+
+class Block(nn.Module):
+    """One of the wirings that networks are made of."""
+
+    def __init__(self, kind, channels, kernel, stride, dilation):
+        super().__init__()
+        self.kind = kind
+        padding = (kernel - 1) * dilation // 2
+        self.conv = nn.Conv2d(
+            channels, channels, kernel, stride, padding, dilation, groups=2 if kind == "groups" else 1
+        )
+        self.side = nn.Conv2d(channels, channels, 1, stride)
+        self.norm = nn.BatchNorm2d(channels)
+        self.squeeze = nn.Conv2d(2 * channels, channels, 1)
+        self.pool = (kernel, stride, kernel // 2)
+
+    def forward(self, x):
+        if self.kind == "max":
+            return F.max_pool2d(x, *self.pool, ceil_mode=True)
+        if self.kind == "avg":
+            return F.avg_pool2d(x, *self.pool, ceil_mode=True, count_include_pad=False)
+        if self.kind == "same":
+            return self.norm(F.relu(self.norm(x)) * torch.sigmoid(x))
+        y = self.norm(self.conv(x))
+        side = self.side(x)
+        if side.shape[2:] != y.shape[2:]:
+            return F.relu(y)
+        if self.kind == "residual":
+            y += side
+            return F.relu_(y)
+        if self.kind == "concat":
+            return F.relu6(self.squeeze(torch.cat([side, F.hardswish(y)], 1)))
+        if self.kind == "scale":
+            return side * F.adaptive_avg_pool2d(y, 1).sigmoid()
+        return F.silu(y)
+
+
+blocks = st.tuples(
+    st.sampled_from(
+        ["plain", "groups", "residual", "concat", "max", "avg", "same", "scale", "residual", "concat", "max"]
+    ),
+    st.sampled_from([1, 2, 3, 5]),
+    st.integers(1, 3),
+    st.integers(1, 2),
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    specs=st.lists(blocks, min_size=1, max_size=5),
+    size=st.tuples(st.integers(9, 29), st.integers(9, 29)),
+    window=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    stride=st.tuples(st.integers(2, 11), st.integers(2, 11)),
+    border=st.sampled_from(["clip", "inside"]),
+    head=st.sampled_from(["mean", "flatten", "pool"]),
+    seed=st.integers(0, 99),
+)
+def test_random_networks(specs, size, window, stride, border, head, seed):
+    torch.manual_seed(seed)
+    window = tuple(min(w, s) for w, s in zip(window, size, strict=True))
+    body = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 1, 1),
+        *(Block(k, 4, n, s, 1 if k in ("max", "avg") else d) for k, n, s, d in specs),
+    )
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    body = body.double().eval()
+    x = images(2, 3, *size, seed=seed)
+    try:
+        with torch.no_grad():
+            shape = body(x).shape
+    except RuntimeError:  # a window larger than its map
+        assume(False)
+    tail = {
+        "mean": [nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+        "pool": [nn.AdaptiveMaxPool2d(1), nn.Flatten()],
+        "flatten": [nn.Flatten()],
+    }[head]
+    features = shape[1] if head != "flatten" else shape[1:].numel()
+    model = nn.Sequential(body, *tail, nn.Linear(features, 3)).double().eval()
+    sweep = occlusion_sweep(model, x, window, stride, border=border, fill="noise")
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.scores(), brute_force(model, x, window, stride, fill_values(x, "noise"), border))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    size=st.integers(8, 40), window=st.integers(1, 40), stride=st.integers(1, 12), kernel=st.integers(1, 5),
+    step=st.integers(1, 3), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_groups_cover_every_window_and_its_rectangle(size, window, stride, kernel, step, seed):
+    """Each window is in exactly one group, and its group's rectangle contains all that it changes."""
+    window = min(window, size)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(1, 2, kernel, step, kernel // 2), nn.MaxPool2d(2, 2, ceil_mode=True), nn.Conv2d(2, 2, 3, padding=1),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()  # fmt: skip
+    x = images(1, 1, size, size)
+    network = capture(model, x).optimised()
+    spans = window_spans(size, window, stride)
+    geometry = Geometry(network, spans, spans)
+    groups, _, _ = geometry.grouping(1, costs(torch.device("cpu")), 8)
+    seen = sorted(
+        (r, q) for group in groups for r, q in itertools.product(group.rows.tolist(), group.cols.tolist())
+    )
+    assert seen == list(itertools.product(range(len(spans)), repeat=2))
+    for group in groups:
+        for index, layer in enumerate(network.layers):
+            if group.sizes[index] is None:
+                continue
+            for axis, (positions, starts) in enumerate(
+                ((group.rows, group.row_starts[index]), (group.cols, group.col_starts[index]))
+            ):
+                low, high = (each[positions] for each in geometry.intervals[axis][index])
+                changed = high > low
+                assert (starts >= 0).all() and (starts + group.sizes[index][axis] <= layer.size[axis]).all()
+                assert (starts <= low)[changed].all() and (starts + group.sizes[index][axis] >= high)[
+                    changed
+                ].all()
+
+
+# -- windows, fills, borders
+
+
+@pytest.mark.parametrize("window", [1, 5, (7, 3), 13, 24, (24, 2)])
+@pytest.mark.parametrize("stride", [3, (5, 8)])
+@pytest.mark.parametrize("border", ["clip", "inside"])
+def test_windows(window, stride, border):
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, window, stride, border=border)
+    expected = brute_force(model, x, window, stride, border=border)
+    assert sweep.shape == tuple(expected.shape[:3])
+    close(sweep.scores(), expected)
+    close(occlusion_sweep(model, x, window, stride, border=border, incremental=False).scores(), expected)
+
+
+def test_stride_one_on_a_small_image_and_several_sizes():
+    model, x = small_net(), images(1, 3, 11, 13)
+    sweeps = occlusion_sweep(model, x, [3, (5, 2)], 1)
+    for sweep, window in zip(sweeps, [3, (5, 2)], strict=True):
+        close(sweep.scores(), brute_force(model, x, window, 1))
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        0.5,
+        [0.1, -0.2, 0.3],
+        "mean",
+        "grey",
+        "blur",
+        "noise",
+        torch.full((3, 1, 1), 2.0),
+        images(1, seed=7),
+        images(2, seed=8),
+    ],
+)
+def test_fills(fill):
+    model, x = small_net(), images(2)
+    values = fill_values(x, fill, seed=3)
+    close(
+        occlusion_sweep(model, x, 9, 6, fill=fill, seed=3).scores(),
+        brute_force(model, x, 9, 6, values.expand(x.shape)),
+    )
+
+
+def test_fill_values_by_hand():
+    x = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]], [[[0.0, 0.0], [0.0, 4.0]]]])
+    assert fill_values(x, "mean").flatten().tolist() == [3.0, 1.0]
+    assert fill_values(x, "grey").flatten().tolist() == [3.5, 2.0]
+    assert fill_values(x, 7).tolist() == [[[[7.0]]]]
+    flat = torch.full((1, 1, 20, 20), 5.0)
+    torch.testing.assert_close(fill_values(flat, "blur"), flat)
+    impulse = torch.zeros(1, 1, 31, 31)
+    impulse[0, 0, 15, 15] = 1
+    blurred = fill_values(impulse, "blur")[0, 0]
+    assert blurred[15, 20] > 0 and blurred[15, 21] == 0 and abs(float(blurred.sum()) - 1) < 1e-5
+    assert float(blurred[15, 15] / blurred[15, 20]) == pytest.approx(
+        float(torch.exp(torch.tensor(25 / 50.0))), rel=1e-5
+    )
+    # Each item has its own noise, whatever the batch and the chunk.
+    y = images(3)
+    noise = fill_values(y, "noise", seed=5)
+    assert torch.equal(noise[:2], fill_values(y[:2], "noise", seed=5)) and not torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise, fill_values(y, "noise", seed=6))
+
+
+# -- results
+
+
+@pytest.fixture(scope="module")
+def swept():
+    model, x = small_net(), images(3)
+    return model, x, occlusion_sweep(model, x, 7, 4), brute_force(model, x, 7, 4)
+
+
+def test_score_maps_and_reductions(swept):
+    model, x, sweep, truth = swept
+    close(sweep.clean, model(x))
+    close(sweep.score_map(2), truth[..., 2])
+    close(sweep.score_map(-1), truth[..., -1])
+    close(sweep.score_map([0, 3, 1]), torch.stack([truth[0, ..., 0], truth[1, ..., 3], truth[2, ..., 1]]))
+    close(sweep.probability_map(1), truth.softmax(-1)[..., 1])
+    assert torch.equal(sweep.label_map(), truth.argmax(-1))
+    close(sweep.reduce(lambda scores: scores.topk(2).values), truth.topk(2).values)
+
+
+def test_chosen_classes_are_computed_alone(swept):
+    model, x, _, truth = swept
+    chosen = occlusion_sweep(model, x, 7, 4, targets=[3, -4])
+    assert chosen.classes == [3, 1]
+    close(chosen.scores(), truth[..., [3, 1]])
+    close(chosen.score_map(1), truth[..., 1])
+    with pytest.raises(ValueError, match="class 0 was not computed"):
+        chosen.score_map(0)
+    with pytest.raises(ValueError, match="all classes"):
+        chosen.probability_map(3)
+    with pytest.raises(ValueError, match="all classes"):
+        chosen.label_map()
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+@pytest.mark.parametrize("layer", ["0", "1", "2", "3", "4", "5"])
+def test_activation_maps(swept, layer, incremental):
+    model, x, _, _ = swept
+    part = model[: int(layer) + 1]
+    sums = brute_force(lambda y: part(y).sum((2, 3)), x, 7, 4)
+    sweep = occlusion_sweep(model, x, 7, 4, incremental=incremental)
+    strongest = part(x).sum((2, 3)).argmax(1)
+    expected = torch.stack([sums[i, ..., c] for i, c in enumerate(strongest)])
+    close(sweep.activation_map(layer), expected)
+    close(sweep.activation_map(layer, 1), sums[..., 1])
+
+
+def test_three_maps_in_one_pass(swept, monkeypatch):
+    model, x, _, truth = swept
+    sweep = occlusion_sweep(model, x, 7, 4)
+    runs = []
+    monkeypatch.setattr(sweep, "_run", lambda *args, run=sweep._run: (runs.append(args), run(*args)))
+    probability, label, activation = sweep.maps([1, 2, 0], "5")
+    assert len(runs) == 1
+    close(probability, torch.stack([truth.softmax(-1)[i, ..., c] for i, c in enumerate([1, 2, 0])]))
+    assert torch.equal(label, truth.argmax(-1))
+    close(activation, sweep.activation_map("5"))
+    sweep.scores()
+    assert len(runs) == 1  # kept with the first pass
+
+
+def test_attribution_equals_captum():
+    captum = pytest.importorskip("captum.attr")
+    model, x = small_net(), images(2)
+    for window, stride in ((7, 4), ((5, 9), (5, 2)), (24, 1)):
+        (wh, ww), (sh, sw) = ((v, v) if isinstance(v, int) else v for v in (window, stride))
+        expected = captum.Occlusion(model).attribute(
+            x, (3, wh, ww), (3, sh, sw), baselines=0.25, target=[1, 4]
+        )
+        found = occlusion_sweep(model, x, window, stride, fill=0.25).attribution([1, 4])
+        torch.testing.assert_close(found, expected[:, 0].to(found.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_attribution_of_whole_windows_leaves_the_rest_at_zero():
+    model, x = small_net(), images(1, 3, 11, 11)
+    found = occlusion_sweep(model, x, 4, 4, border="inside").attribution(0)
+    assert found[0, 8:].eq(0).all() and found[0, :, 8:].eq(0).all() and found[0, :8, :8].ne(0).all()
+
+
+def test_one_score_an_image():
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(0)).double().eval()
+    x = images(2)
+    close(occlusion_sweep(model, x, 8, 8).scores(), brute_force(lambda y: model(y)[:, None], x, 8, 8))
+
+
+# -- dtypes, layouts, devices
+
+
+def test_single_precision_is_exact_to_rounding():
+    model, x = zfnet_mini(pretrained=True).eval(), images(2, 3, 96, 96, torch.float32)
+    truth = brute_force(model.double(), x.double(), 24, 24)
+    sweep = occlusion_sweep(model.float(), x, 24, 24)
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.scores().double(), truth, 1e-4)
+    close(
+        occlusion_sweep(model, x.to(memory_format=torch.channels_last), 24, 24).scores().double(), truth, 1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_says_its_error(dtype):
+    model, x = small_net().float(), images(1, 3, 96, 96, torch.float32)
+    truth = brute_force(model, x, 32, 32)
+    sweep = occlusion_sweep(model, x, 32, 32, dtype=dtype)
+    found = sweep.scores().float()
+    measured = float((found - truth).abs().max() / (truth.max() - truth.min()))
+    assert sweep.shape[1] * sweep.shape[2] <= 16  # so that the sample is everything
+    assert sweep.error == pytest.approx(measured, rel=0.2) and 1e-6 < sweep.error < 0.1
+    assert occlusion_sweep(model, x, 32, 32).error is None
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_dtype_that_a_layer_does_not_know():
+    with pytest.raises(
+        ValueError, match="dtype=torch.float16 .* cannot"
+    ):  # PyTorch has no half 3-D pooling on the CPU
+        occlusion_sweep(
+            zfnet_mini(pretrained=True).eval(),
+            images(1, 3, 96, 96, torch.float32),
+            32,
+            32,
+            dtype=torch.float16,
+        )
+
+
+def test_a_model_in_bfloat16():
+    model, x = small_net().to(torch.bfloat16), images(1, dtype=torch.bfloat16)
+    close(occlusion_sweep(model, x, 8, 8).scores().float(), brute_force(model, x, 8, 8).float(), 0.05)
+
+
+# -- brute force where there is no other way
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(0, keepdim=True)).amax((2, 3))
+
+
+class Attention(nn.Module):
+    """A vision transformer in small."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 8, 8)
+        self.mix = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.mix(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("build", [Branching, Mixing, Attention])
+def test_models_without_a_list_of_layers(build):
+    torch.manual_seed(0)
+    model, x = build().double().eval(), images(2)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    truth = brute_force(model, x, 8, 8)
+    close(sweep.scores(), truth)
+    if build is not Attention:
+        assert sweep.explain().startswith("Brute force") and "." in sweep.explain()
+    if build is Mixing:
+        assert "one window" in sweep.explain()
+
+
+def test_functions_hooks_training_and_autocast():
+    x = images(2)
+    net = small_net()
+    truth = brute_force(net, x, 8, 8)
+    sweep = occlusion_sweep(lambda y: net(y), x, 8, 8)
+    assert "not a torch.nn.Module" in sweep.explain()
+    close(sweep.scores(), truth)
+    handle = net[0].register_forward_hook(lambda _m, _i, out: out * 2)
+    hooked = occlusion_sweep(net, x, 8, 8)
+    assert "hooks" in hooked.explain()
+    close(hooked.scores(), brute_force(net, x, 8, 8))
+    handle.remove()
+    trained = small_net().train()
+    assert "training" in occlusion_sweep(trained, x, 8, 8).explain()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "autocast" in occlusion_sweep(net, x, 8, 8).explain()
+
+
+def test_a_changed_model_is_noticed():
+    net, x = small_net(), images(1)
+    occlusion_sweep(net, x, 8, 8).scores()
+    with torch.no_grad():
+        net[0].weight.mul_(-1)
+    close(occlusion_sweep(net, x, 8, 8).scores(), brute_force(net, x, 8, 8))
+    net[4].padding = (0, 0)  # no tensor changes: only the scores of the clean image tell
+    close(occlusion_sweep(net, x, 8, 8).scores(), brute_force(net, x, 8, 8))
+
+
+def test_nan_and_inf_stay_where_they_reach():
+    net, x = small_net(), images(2)
+    x[0, 1, 3, 3], x[1, 0, 20, 20] = float("nan"), float("inf")
+    found, truth = occlusion_sweep(net, x, 8, 8).scores(), brute_force(net, x, 8, 8)
+    assert torch.equal(found.isnan(), truth.isnan()) and truth.isnan().any() and not truth.isnan().all()
+    torch.testing.assert_close(found, truth, equal_nan=True)
+
+
+# -- memory, interruption, progress, threads
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made inside it held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                self._count(value.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known[key] = weakref.finalize(storage, self._gone, key, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key, size):
+        self.known.pop(key, None)
+        self.now -= size
+
+
+def test_memory_limit_is_kept_and_changes_nothing():
+    model, x = zfnet_mini(pretrained=True).eval(), images(6, 3, 96, 96, torch.float32)
+    expected = occlusion_sweep(model, x, 24, 12).scores()
+    for limit in (6 << 20, 24 << 20):
+        sweep = occlusion_sweep(model, x, 24, 12, memory_limit=limit)
+        with Live() as live:
+            found = sweep.label_map()
+        assert torch.equal(found, expected.argmax(-1))
+        assert live.peak <= limit, (live.peak, limit)
+    small, large = (
+        occlusion_sweep(model, x, 24, 12, memory_limit=limit)._engine.plan for limit in (6 << 20, 400 << 20)
+    )
+    assert small.block < large.block
+
+
+def test_memory_limit_too_small_is_said_before_anything_runs():
+    with pytest.raises(ValueError, match="memory_limit must be at least \\d+ bytes .* but it is 1000"):
+        occlusion_sweep(small_net(), images(1), 8, 8, memory_limit=1000)
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
+    model, x = small_net(), images(4)
+    expected = brute_force(model, x, 6, 2)
+    sweep = occlusion_sweep(model, x, 6, 2, incremental=incremental, memory_limit=1 << 20)
+    monkeypatch.setattr(sweep_module, "PATIENCE", 0.0)
+    advanced = []
+
+    def interrupt(self, count=1):
+        advanced.append(count)
+        if sum(advanced) > 300 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(Progress, "advance", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.scores()
+    done = sum(advanced)
+    advanced.clear()
+    close(sweep.scores(), expected)
+    total = sweep.shape[0] * sweep.shape[1] * sweep.shape[2]
+    assert sum(advanced) == total  # what was done is counted at once, the rest is run
+    assert 0 < advanced[0] < done
+
+
+def test_progress_counts_windows(capsys):
+    sweep = occlusion_sweep(small_net(), images(2), 8, 8, progress=True)
+    sweep.scores()
+    assert "18" in capsys.readouterr().err  # 2 images x 3 x 3
+
+
+def test_two_threads_at_once():
+    nets = [small_net(seed) for seed in (1, 2)]
+    x = images(2)
+    truth = [brute_force(net, x, 6, 3) for net in nets]
+    found = {}
+
+    def work(number):
+        for _ in range(5):
+            found[number] = occlusion_sweep(nets[number], x, 6, 3).scores()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in (0, 1):
+        close(found[number], truth[number])
+
+
+def test_leaves_everything_as_it_was():
+    model, x = small_net(), images(2).requires_grad_()
+    before, grad = x.detach().clone(), torch.is_grad_enabled()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    sweep = occlusion_sweep(model, x, 8, 8, fill="blur")
+    assert not sweep.scores().requires_grad
+    sweep.activation_map("2")
+    assert torch.equal(x, before) and x.grad is None and x.requires_grad and torch.is_grad_enabled() == grad
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m.training for m in model.modules())
+
+
+# -- sampling
+
+
+def test_refine_evaluates_where_the_map_varies():
+    model, x = zfnet_mini(pretrained=True).double().eval(), images(1, 3, 96, 96)
+    full = occlusion_sweep(model, x, 16, 4)
+    target = int(full.clean.argmax())
+    truth = full.score_map(target)
+    sweep = occlusion_sweep(model, x, 16, 4, refine=4, refine_tolerance=0.3)
+    found, where = sweep.score_map(target), sweep.evaluated
+    assert where[:, ::4, ::4].all() and where[:, -1, -1].all() and 0 < where.float().mean() < 1
+    close(found[where], truth[where])
+    assert (found - truth).abs().mean() < 0.1 * (truth.max() - truth.min())
+    # Between evaluated corners of a cell that was left alone: bilinear in the corners.
+    rows, cols = list(range(0, where.shape[1], 4)), list(range(0, where.shape[2], 4))
+    checked = 0
+    for r, q in itertools.product(rows[:-1], cols[:-1]):
+        if not where[0, r + 2, q + 2]:
+            corners = truth[0, [r, r, r + 4, r + 4], [q, q + 4, q, q + 4]]
+            torch.testing.assert_close(found[0, r + 2, q + 2], corners.mean())
+            checked += 1
+    assert checked
+    assert sweep.label_map().shape == where.shape
+
+
+def test_refine_without_tolerance_is_the_whole_sweep():
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, 5, 2, refine=3, refine_tolerance=0.0)
+    assert sweep.evaluated.all()
+    close(sweep.scores(), brute_force(model, x, 5, 2))
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"window": 25}, ValueError, "window must fit into the image, but it is 25"),
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": 2.5}, TypeError, "window must be an int"),
+        ({"window": []}, ValueError, "empty list"),
+        ({"stride": 0}, ValueError, "stride must be at least 1"),
+        ({"stride": (1, 2, 3)}, TypeError, "stride must be an int or two ints"),
+        ({"fill": "black"}, ValueError, "'black'"),
+        ({"fill": [1.0, 2.0]}, ValueError, "3 \\(one a channel\\)"),
+        ({"fill": torch.zeros(5, 5)}, ValueError, "must broadcast"),
+        ({"fill": None}, TypeError, "NoneType"),
+        ({"border": "wrap"}, ValueError, "'wrap'"),
+        ({"targets": []}, ValueError, "at least one class"),
+        ({"targets": [5]}, IndexError, "5 is out of range"),
+        ({"targets": ["cat"]}, TypeError, "'cat'"),
+        ({"memory_limit": 0}, ValueError, "memory_limit"),
+        ({"memory_limit": 1.5}, TypeError, "memory_limit"),
+        ({"dtype": torch.int8}, ValueError, "dtype"),
+        ({"refine": 1}, ValueError, "refine must be at least 2"),
+        ({"refine": 2, "refine_tolerance": 2.0}, ValueError, "refine_tolerance"),
+    ],
+)
+def test_bad_arguments(change, error, words):
+    arguments = {"window": 8, "stride": 8, **change}
+    window, stride = arguments.pop("window"), arguments.pop("stride")
+    with pytest.raises(error, match=words):
+        occlusion_sweep(small_net(), images(1), window, stride, **arguments)
+
+
+def test_bad_models_images_and_targets():
+    with pytest.raises(TypeError, match="callable"):
+        occlusion_sweep(3, images(1), 8, 8)
+    with pytest.raises(TypeError, match="int64"):
+        occlusion_sweep(small_net(), torch.zeros(1, 3, 24, 24, dtype=torch.int64), 8, 8)
+    with pytest.raises(ValueError, match="shape"):
+        occlusion_sweep(small_net(), torch.zeros(3, 24, 24), 8, 8)
+    with pytest.raises(ValueError, match="scores"):
+        occlusion_sweep(nn.Conv2d(3, 2, 1).double().eval(), images(1), 8, 8)
+    sweep = occlusion_sweep(small_net(), images(2), 8, 8)
+    with pytest.raises(IndexError, match="target 5 is out of range"):
+        sweep.score_map(5)
+    with pytest.raises(ValueError, match="one an image"):
+        sweep.score_map([1, 2, 3])
+    with pytest.raises(ValueError, match="no layer"):
+        sweep.activation_map("nothing")
+    with pytest.raises(ValueError, match="no feature maps"):
+        sweep.activation_map("8")
+    with pytest.raises(ValueError, match="'weakest'"):
+        sweep.activation_map("0", "weakest")
+    with pytest.raises(IndexError, match="channel 8"):
+        sweep.activation_map("0", 8)
+
+
+def test_no_images():
+    sweep = occlusion_sweep(small_net(), images(0), 8, 8)
+    assert sweep.scores().shape == (0, 3, 3, 5) and sweep.label_map().shape == (0, 3, 3)
+
+
+def test_rows_agree_scales_with_the_values():
+    assert sweep_module.rows_agree(torch.tensor([1e6, 1.0]), torch.tensor([1e6 + 1, 1.0]))
+    assert not sweep_module.rows_agree(torch.tensor([1.0]), torch.tensor([1.1]))
