@@ -1,22 +1,21 @@
-"""What an occlusion sweep computes of each layer: rectangles, groups of windows of similar size, and the steps of a chunk.
+"""What an occlusion sweep computes of each layer: rectangles, groups of windows of similar size, and the
+steps of a chunk.
 
-An occluder changes a rectangle of each map, and height and width are independent: the rectangle of the window in grid row r and grid
-column q is (interval of r) x (interval of q). Windows are grouped so that a group has *one* rectangle size per layer and can be
-computed as a batch; a rectangle that is larger than a window's own only computes clean values again, so the results stay exact.
+An occluder changes a rectangle of each map, and height and width are independent: the rectangle of the
+window in grid row r and grid column q is (interval of r) x (interval of q). Windows are grouped so that a
+group has *one* rectangle size per layer and can be computed as a batch; a rectangle that is larger than a
+window's own only computes clean values again, so the results stay exact.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from . import window_ops as ops
 from ._layers import Layer
 from .network import Network
 
@@ -25,8 +24,9 @@ from .network import Network
 class Costs:
     """The cost model's constants, measured: what a layer's work costs on a device.
 
-    flops: per second in convolutions; bytes: per second in everything else; call: seconds of one operation besides its work;
-    chunk: the bytes of a chunk's largest tensor that are best (a cache's worth on the CPU, enough work on a GPU).
+    flops: per second in convolutions; bytes: per second in everything else; call: seconds of one operation
+    besides its work; chunk: the bytes of a chunk's largest tensor that are best (a cache's worth on the CPU,
+    enough work on a GPU).
     """
 
     flops: float
@@ -36,21 +36,23 @@ class Costs:
 
 
 def costs(device: torch.device) -> Costs:
-    """CPU: measured on AVX-512 cores (220 GFLOP/s on two). CUDA: an assumption, of the order of an H100's float32 rate."""
+    """CPU: measured on AVX-512 cores (220 GFLOP/s on two). CUDA: an assumption, of the order of an H100's
+    float32 rate."""
     if device.type == "cuda":
         return Costs(3e13, 2e12, 8e-6, 1 << 28)
     threads = torch.get_num_threads()
     return Costs(1.1e11 * threads, 4e9 * threads, 1.2e-5, 4 << 20)
 
 
-# Where a rectangle covers this part of a map, the whole map costs no more: nothing to gather, no borders to look at.
+# Where a rectangle covers this part of a map, the whole map costs no more: nothing to gather, no borders to
+# look at.
 FULL, FULL_POINTWISE = 0.9, 0.9
 
 
 @dataclass
 class Group:
-    """Windows that are computed together: rows x cols of the grid; the rectangle (height, width) of each layer, None where the
-    whole map is computed; their first positions per row and per column."""
+    """Windows that are computed together: rows x cols of the grid; the rectangle (height, width) of each
+    layer, None where the whole map is computed; their first positions per row and per column."""
 
     rows: np.ndarray
     cols: np.ndarray
@@ -63,7 +65,8 @@ class Geometry:
     """The rectangles of all windows of a grid in all layers, one axis at a time."""
 
     def __init__(self, network: Network, rows: np.ndarray, cols: np.ndarray) -> None:
-        """rows (R, 2), cols (Q, 2): the first occluded position and the one behind the last, inside the image."""
+        """rows (R, 2), cols (Q, 2): the first occluded position and the one behind the last, inside the
+        image."""
         self.network = network
         self.whole = _everywhere(network)
         self.intervals = [self._intervals(axis, spans) for axis, spans in enumerate((rows, cols))]
@@ -85,7 +88,8 @@ class Geometry:
         return found
 
     def _lengths(self, axis: int, count: int) -> np.ndarray:
-        """(layers, positions): how many positions of each layer a window changes; the whole axis where it mixes positions."""
+        """(layers, positions): how many positions of each layer a window changes; the whole axis where it
+        mixes positions."""
         table = []
         for layer, interval in zip(self.network.layers, self.intervals[axis], strict=True):
             size = layer.size[axis] if layer.axes is not None else 1
@@ -95,7 +99,8 @@ class Geometry:
         return np.stack(table)
 
     def starts(self, axis: int, positions: np.ndarray, index: int, length: int) -> np.ndarray:
-        """Where the rectangles of a common length begin: at the change, or earlier where it would leave the map."""
+        """Where the rectangles of a common length begin: at the change, or earlier where it would leave the
+        map."""
         interval = self.intervals[axis][index]
         assert interval is not None
         return np.minimum(interval[0][positions], self.network.layers[index].size[axis] - length)
@@ -121,7 +126,8 @@ class Geometry:
         return Group(rows, cols, sizes, row_starts, col_starts)
 
     def grouping(self, images: int, model: Costs, itemsize: int) -> tuple[list[Group], float, float]:
-        """The groups that the cost model likes best, its estimate of their seconds, and of evaluating every image in full."""
+        """The groups that the cost model likes best, its estimate of their seconds, and of evaluating every
+        image in full."""
         weights = np.array([_seconds(layer, model, itemsize) for layer in self.network.layers])
         sizes = np.array([layer.size if layer.axes is not None else (1, 1) for layer in self.network.layers])
         lengths = self.lengths
@@ -153,7 +159,8 @@ class Geometry:
 
 
 def _everywhere(network: Network) -> list[bool]:
-    """For each layer, whether one changed pixel can change every position: it or something before it mixes positions."""
+    """For each layer, whether one changed pixel can change every position: it or something before it mixes
+    positions."""
     whole: list[bool] = []
     for layer in network.layers:
         mixes = layer.axes is None or layer.kind in ("general", "mean", "linear", "size")
@@ -185,10 +192,11 @@ def _seconds(layer: Layer, model: Costs, itemsize: int) -> float:
 
 
 def _partitions(lengths: np.ndarray, weights: np.ndarray) -> list[list[np.ndarray]]:
-    """The positions of an axis in 1, 2, 3 ... classes of similar extent: for each number the partition of least work.
+    """The positions of an axis in 1, 2, 3 ... classes of similar extent: for each number the partition of
+    least work.
 
-    ``lengths`` (layers, positions), ``weights`` (layers,): the work of one position of length. Dynamic programming over the
-    distinct columns in order of their work.
+    ``lengths`` (layers, positions), ``weights`` (layers,): the work of one position of length. Dynamic
+    programming over the distinct columns in order of their work.
     """
     columns, inverse = np.unique(lengths, axis=1, return_inverse=True)
     inverse = inverse.reshape(-1)
@@ -222,439 +230,13 @@ def _partitions(lengths: np.ndarray, weights: np.ndarray) -> list[list[np.ndarra
     return tries
 
 
-# -- the steps of a group -------------------------------------------------------------------------------------------------------------
+def window_spans(size: int, window: int, stride: int, border: str = "clip") -> np.ndarray:
+    """(R, 2): the first position of each window on an axis and the one behind its last.
 
-
-@dataclass
-class Chunk:
-    """What the steps read: the block's clean images, their cached activations, and the chunk's variants."""
-
-    images: Tensor
-    fill: Tensor
-    bases: dict[int, Tensor]
-    variants: Tensor  # (n, 3): image, row and column *of the group*
-    values: list[Any]
-    sums: dict[int, Tensor]  # of the probed layers' clean maps, (images, channels)
-    probes: dict[int, Tensor] = field(default_factory=dict)
-
-
-Step = Callable[[Chunk], None]
-
-
-class Program:
-    """The steps that bring a chunk of a group's variants from the clean images to the value of the layer ``end``."""
-
-    def __init__(
-        self,
-        network: Network,
-        geometry: Geometry,
-        group: Group,
-        end: int,
-        probes: Sequence[int],
-        device: torch.device,
-        tables: dict[Any, Tensor],
-    ) -> None:
-        self.network, self.geometry, self.group, self.end, self.device = network, geometry, group, end, device
-        self._tables = tables
-        self.cached: set[int] = set()  # layers whose clean activations the steps read
-        self.steps: list[Step] = []
-        self.notes: dict[int, str] = {}
-        self._sizes: list[int] = []  # values per variant that each step makes, for the estimate of memory
-        self._full: dict[
-            int, int
-        ] = {}  # layer -> slot of its value on the whole map, where it was made for a reader
-        self._drawn = False
-        self._slots = len(network.layers)
-        self._made: list[tuple[int, int, list[int]]] = []  # (slot, values per variant, slots read)
-        needed = self._needed(probes)
-        self._sole = network.readers()
-        for index in needed:
-            self._emit(index)
-            if index in probes:
-                self._emit_probe(index)
-        self._finish()
-
-    def _needed(self, probes: Sequence[int]) -> list[int]:
-        wanted, stack = {self.end, *probes}, [self.end, *probes]
-        while stack:
-            for source in self.network.layers[stack.pop()].inputs:
-                if source not in wanted:
-                    wanted.add(source)
-                    stack.append(source)
-        return sorted(wanted - {0})
-
-    # -- tables and reads
-
-    def _table(self, axis: int, columns: Sequence[np.ndarray]) -> Tensor:
-        key = tuple(column.tobytes() for column in columns)
-        if key not in self._tables:
-            self._tables[key] = torch.from_numpy(np.stack(columns, 1).astype(np.int64)).to(self.device)
-        return self._tables[key]
-
-    def _zeros(self, axis: int) -> np.ndarray:
-        return np.zeros(len(self.group.rows if axis == 0 else self.group.cols), dtype=np.int64)
-
-    def _starts(self, index: int, axis: int) -> np.ndarray:
-        starts = (self.group.row_starts, self.group.col_starts)[axis][index]
-        return self._zeros(axis) if starts is None else starts
-
-    def _add(self, slot: int, count: int, reads: Sequence[int], step: Step) -> None:
-        self.steps.append(step)
-        self._made.append((slot, count, list(reads)))
-
-    def _new_slot(self) -> int:
-        self._slots += 1
-        return self._slots - 1
-
-    def _patch_slot(self, source: int) -> int:
-        """The slot of a layer's rectangle; the occluder's own is drawn when somebody needs it."""
-        if source == 0 and not self._drawn:
-            size = self.group.sizes[0]
-            assert size is not None
-            self._drawn = True
-            self._occlude(0, [self._starts(0, 0), self._starts(0, 1)], size)
-        return source
-
-    def _occlude(self, slot: int, origins: Sequence[np.ndarray], size: tuple[int, int]) -> None:
-        intervals = [self.geometry.intervals[0][0], self.geometry.intervals[1][0]]
-        parts = []
-        for axis, positions in enumerate((self.group.rows, self.group.cols)):
-            low, high = intervals[axis]  # type: ignore[misc]
-            parts.append(self._table(axis, [origins[axis], low[positions], high[positions]]))
-        rows, cols = parts
-        count = self.network.layers[0].shape[0] * math.prod(size)
-
-        def step(chunk: Chunk) -> None:
-            chunk.values[slot] = ops.occlude(chunk.images, chunk.fill, chunk.variants, rows, cols, size)
-
-        self._add(slot, count, [], step)
-
-    def _region(
-        self, source: int, origins: Sequence[np.ndarray], size: tuple[int, int], pad: float = 0.0
-    ) -> int:
-        """The slot of a layer's values over a region of its map for every variant (reaching outside is padding)."""
-        layer = self.network.layers[source]
-        own = self.group.sizes[source]
-        if own == size and all(np.array_equal(self._starts(source, a), origins[a]) for a in (0, 1)):
-            return self._patch_slot(source)
-        slot = self._new_slot()
-        if source == 0 and pad == 0.0:
-            self._occlude(slot, origins, size)
-            return slot
-        patch = self._patch_slot(source)
-        assert own is not None
-        self.cached.add(source)
-        rows, cols = (self._table(a, [origins[a], self._starts(source, a)]) for a in (0, 1))
-        shape, axes = layer.shape, layer.axes
-        count = layer.channels * math.prod(size)
-        assert axes is not None
-        if axes == (2, 3) and len(shape) == 3:
-
-            def step(chunk: Chunk) -> None:
-                chunk.values[slot] = ops.gather_windows(
-                    chunk.bases[source], chunk.values[patch], chunk.variants, rows, cols, size, pad
-                )
-        else:
-
-            def step(chunk: Chunk) -> None:
-                base, there = (_as_maps(t, axes) for t in (chunk.bases[source], chunk.values[patch]))
-                out = ops.gather_windows(base, there, chunk.variants, rows, cols, size, pad)
-                chunk.values[slot] = _from_maps(out, shape, axes)
-
-        self._add(slot, count, [patch], step)
-        return slot
-
-    def _whole(self, source: int) -> int:
-        """The slot of a layer's whole map (or of a value that is no map)."""
-        if self.group.sizes[source] is None:
-            return source
-        if source not in self._full:
-            size = self.network.layers[source].size
-            self._full[source] = self._region(source, [self._zeros(0), self._zeros(1)], size)
-        return self._full[source]
-
-    # -- layers
-
-    def _emit(self, index: int) -> None:
-        layer = self.network.layers[index]
-        size = self.group.sizes[index]
-        kind = layer.kind
-        if kind == "size":
-            function = layer.function
-            assert function is not None
-            sources = list(layer.inputs)
-
-            def step(chunk: Chunk) -> None:
-                known = [
-                    chunk.values[s] if self.network.layers[s].kind == "size" else chunk.variants
-                    for s in sources
-                ]
-                chunk.values[index] = function(*known)
-
-            self._add(index, 0, [s for s in sources if self.network.layers[s].kind == "size"], step)
-            return
-        if kind == "mean" and self.group.sizes[layer.inputs[0]] is not None:
-            self._emit_mean(index)
-        elif size is None:
-            self._emit_whole(index)
-        elif kind == "convolution":
-            self._emit_convolution(index, size)
-        elif kind in ("max_pool", "average_pool"):
-            self._emit_pool(index, size)
-        elif kind == "add":
-            self._emit_add(index, size)
-        elif kind == "concatenate":
-            self._emit_concatenate(index, size)
-        elif kind == "pad":
-            assert layer.windows is not None
-            origins = [layer.windows[a].origin(self._starts(index, a)) for a in (0, 1)]
-            slot = self._region(layer.inputs[0], origins, size, layer.kwargs["value"])
-            self._alias(index, slot)
-        else:
-            slots = [
-                self._region(s, [self._starts(index, 0), self._starts(index, 1)], size) for s in layer.inputs
-            ]
-            self._emit_call(index, slots, layer.channels * math.prod(size))
-        if size is None:
-            self.notes[index] = "whole map"
-        else:
-            height, width = layer.size
-            self.notes[index] = f"{size[0]} x {size[1]} of {height} x {width}"
-
-    def _alias(self, index: int, slot: int) -> None:
-        def step(chunk: Chunk) -> None:
-            chunk.values[index] = chunk.values[slot]
-
-        self._add(index, 0, [slot], step)
-
-    def _emit_call(self, index: int, slots: Sequence[int], count: int) -> None:
-        layer = self.network.layers[index]
-        fresh = self._may_overwrite(layer.inputs[0], slots[0]) if layer.inputs else False
-
-        def step(chunk: Chunk) -> None:
-            chunk.values[index] = layer.run([chunk.values[slot] for slot in slots], fresh)
-
-        self._add(index, count, slots, step)
-
-    def _may_overwrite(self, source: int, slot: int) -> bool:
-        """Whether nobody else reads the value in a slot."""
-        if slot != source:
-            return slot not in self._full.values()
-        return len(self._sole[source]) == 1 and self.network.layers[source].kind in (
-            "convolution",
-            "add",
-            "concatenate",
-        )
-
-    def _emit_whole(self, index: int) -> None:
-        layer = self.network.layers[index]
-        count = math.prod(abs(n) for n in layer.shape)
-        if layer.kind == "concatenate" and any(self.group.sizes[s] is not None for s in layer.inputs):
-            self._emit_concatenate(index, layer.size)
-            return
-        if layer.kind == "add" and all(self.group.sizes[s] is not None for s in layer.inputs):
-            self._emit_add(index, layer.size)
-            return
-        self._emit_call(index, [self._whole(s) for s in layer.inputs], count)
-
-    def _emit_convolution(self, index: int, size: tuple[int, int]) -> None:
-        layer = self.network.layers[index]
-        assert layer.windows is not None
-        origins = [layer.windows[a].origin(self._starts(index, a)) for a in (0, 1)]
-        extent = (layer.windows[0].extent(size[0]), layer.windows[1].extent(size[1]))
-        slot = self._region(layer.inputs[0], origins, extent)
-
-        def step(chunk: Chunk) -> None:
-            chunk.values[index] = layer.convolve(chunk.values[slot], (0, 0))
-
-        self._add(index, layer.shape[0] * math.prod(size), [slot], step)
-
-    def _emit_pool(self, index: int, size: tuple[int, int]) -> None:
-        layer = self.network.layers[index]
-        source = layer.inputs[0]
-        assert layer.windows is not None and layer.function is not None
-        patch = self._patch_slot(source)
-        self.cached.add(source)
-        rows, cols = (self._table(a, [self._starts(index, a), self._starts(source, a)]) for a in (0, 1))
-        kernel, stride, padding, dilation = (
-            [getattr(axis, name) for axis in layer.windows]
-            for name in ("kernel", "stride", "padding", "dilation")
-        )
-        average, include, divisor = (
-            layer.kwargs[name] for name in ("average", "count_include_pad", "divisor_override")
-        )
-
-        def step(chunk: Chunk) -> None:
-            chunk.values[index] = ops.pool_windows(
-                chunk.bases[source], chunk.values[patch], chunk.variants, rows, cols, size,
-                kernel, stride, padding, dilation, average, include, divisor,
-            )  # fmt: skip
-
-        self._add(index, layer.shape[0] * math.prod(size), [patch], step)
-
-    def _emit_add(self, index: int, size: tuple[int, int]) -> None:
-        layer = self.network.layers[index]
-        origins = [self._starts(index, a) for a in (0, 1)]
-        count = layer.channels * math.prod(size)
-
-        def same(source: int) -> bool:
-            return self.group.sizes[source] == size and all(
-                np.array_equal(self._starts(source, a), origins[a]) for a in (0, 1)
-            )
-
-        first, second = layer.inputs if len(layer.inputs) == 2 else (layer.inputs[0], layer.inputs[0])
-        if same(first) and same(second) or layer.axes != (2, 3) or len(layer.shape) != 3 or first == second:
-            slots = [self._region(s, origins, size) for s in (first, second)]
-            self._emit_call(index, slots, count)
-            return
-        # One branch is brought to the rectangle, the other is added to it straight from its own cache and patch.
-        if not (same(first) and self._may_overwrite(first, first)) and same(second):
-            first, second = second, first
-        slot = self._region(first, origins, size)
-        patch = self._patch_slot(second)
-        self.cached.add(second)
-        rows, cols = (self._table(a, [origins[a], self._starts(second, a)]) for a in (0, 1))
-        low, high = layer.activation or (-math.inf, math.inf)
-        own = self._may_overwrite(first, slot)
-
-        def step(chunk: Chunk) -> None:
-            out = chunk.values[slot] if own else chunk.values[slot].clone()
-            ops.add_windows_(
-                out, chunk.bases[second], chunk.values[patch], chunk.variants, rows, cols, low, high
-            )
-            chunk.values[index] = out
-
-        self._add(index, 0 if own else count, [slot, patch], step)
-
-    def _emit_concatenate(self, index: int, size: tuple[int, int]) -> None:
-        layer = self.network.layers[index]
-        origins = [self._starts(index, a) for a in (0, 1)]
-        if all(
-            self.group.sizes[s] == size
-            and all(np.array_equal(self._starts(s, a), origins[a]) for a in (0, 1))
-            for s in layer.inputs
-        ):
-            self._emit_call(
-                index, [self._patch_slot(s) for s in layer.inputs], layer.channels * math.prod(size)
-            )
-            return
-        parts: list[tuple[int, int, Tensor | None, Tensor | None, int]] = []
-        channel = 0
-        for source in layer.inputs:
-            channels = self.network.layers[source].shape[0]
-            if self.group.sizes[source] is None:
-                parts.append((source, source, None, None, channel))
-            else:
-                patch = self._patch_slot(source)
-                self.cached.add(source)
-                rows, cols = (self._table(a, [origins[a], self._starts(source, a)]) for a in (0, 1))
-                parts.append((source, patch, rows, cols, channel))
-            channel += channels
-        channels = channel
-
-        def step(chunk: Chunk) -> None:
-            like = chunk.images
-            out = torch.empty(
-                (chunk.variants.shape[0], channels, *size), dtype=like.dtype, device=like.device,
-                memory_format=torch.channels_last,
-            )  # fmt: skip
-            for source, patch, rows, cols, channel in parts:
-                value = chunk.values[patch]
-                if rows is None or cols is None:
-                    out[:, channel : channel + value.shape[1]] = value
-                else:
-                    ops.gather_windows_(out, chunk.bases[source], value, chunk.variants, rows, cols, channel)
-            chunk.values[index] = out
-
-        self._add(index, channels * math.prod(size), [part[1] for part in parts], step)
-
-    def _emit_mean(self, index: int) -> None:
-        layer = self.network.layers[index]
-        source = layer.inputs[0]
-        patch = self._patch_slot(source)
-        self.cached |= {source, index}
-        rows, cols = (self._table(a, [self._starts(source, a)]) for a in (0, 1))
-        area = math.prod(self.network.layers[source].size)
-
-        def step(chunk: Chunk) -> None:
-            clean = chunk.bases[index].flatten(1).index_select(0, chunk.variants[:, 0])
-            delta = ops.sum_windows(chunk.bases[source], chunk.values[patch], chunk.variants, rows, cols)
-            chunk.values[index] = clean.add_(delta, alpha=1 / area).view(-1, *layer.shape)
-
-        self._add(index, math.prod(layer.shape), [patch], step)
-
-    def _emit_probe(self, index: int) -> None:
-        """The sum of each channel of a map, for the maps of a feature map's total activation."""
-        layer = self.network.layers[index]
-        if self.group.sizes[index] is None:
-            axes = layer.axes
-
-            def step(chunk: Chunk) -> None:
-                chunk.probes[index] = _as_maps(chunk.values[index], axes).sum((2, 3))
-        else:
-            self.cached.add(index)
-            rows, cols = (self._table(a, [self._starts(index, a)]) for a in (0, 1))
-
-            def step(chunk: Chunk) -> None:
-                base = _as_maps(chunk.bases[index], layer.axes)
-                patch = _as_maps(chunk.values[index], layer.axes)
-                delta = ops.sum_windows(base, patch, chunk.variants, rows, cols)
-                chunk.probes[index] = chunk.sums[index].index_select(0, chunk.variants[:, 0]) + delta
-
-        self._add(self._new_slot(), layer.channels, [index], step)
-
-    # -- memory
-
-    def _finish(self) -> None:
-        """Which slots each step may forget, and how much a variant needs at the worst moment."""
-        last: dict[int, int] = {}
-        for position, (slot, _, reads) in enumerate(self._made):
-            last[slot] = position
-            for read in reads:
-                last[read] = position
-        last[self.end] = len(self._made)
-        self.drops: list[list[int]] = [[] for _ in self._made]
-        for slot, position in last.items():
-            if position < len(self._made):
-                self.drops[position].append(slot)
-        live = peak = largest = 0
-        held: dict[int, int] = {}
-        for position, (slot, count, _) in enumerate(self._made):
-            held[slot] = count
-            live += count
-            peak, largest = max(peak, live), max(largest, count)
-            for gone in self.drops[position]:
-                live -= held.pop(gone, 0)
-        self.peak, self.largest = peak, largest
-
-    def run(
-        self,
-        images: Tensor,
-        fill: Tensor,
-        bases: dict[int, Tensor],
-        sums: dict[int, Tensor],
-        variants: Tensor,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The value of the layer ``end`` for (n, 3) variants, and the probes' channel sums."""
-        values: list[Any] = [None] * self._slots
-        chunk = Chunk(images, fill, bases, variants, values, sums)
-        for step, drops in zip(self.steps, self.drops, strict=True):
-            step(chunk)
-            for slot in drops:
-                values[slot] = None
-        return values[self.end], chunk.probes
-
-
-def _as_maps(value: Tensor, axes: tuple[int, int] | None) -> Tensor:
-    """Any map as (N, C, H, W), a view where that is possible."""
-    assert axes is not None
-    if axes == (2, 3) and value.dim() == 4:
-        return value
-    moved = value.movedim(axes, (-2, -1))
-    return moved.unsqueeze(1) if moved.dim() == 3 else moved.flatten(1, -3)
-
-
-def _from_maps(value: Tensor, shape: Sequence[int], axes: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`_as_maps` for a layer of this shape (whose height and width may differ)."""
-    others = [n for dim, n in enumerate(shape, start=1) if dim not in axes]
-    return value.reshape(value.shape[0], *others, *value.shape[-2:]).movedim((-2, -1), axes)
+    "clip": Captum's ceil((size - window) / stride) + 1 windows, the last one cut off at the border;
+    "inside": only whole windows.
+    """
+    steps = size - window
+    count = (-(-steps // stride) if border == "clip" else steps // stride) + 1
+    first = np.arange(count, dtype=np.int64) * stride
+    return np.stack([first, np.minimum(first + window, size)], 1)

@@ -1,13 +1,14 @@
 """A model as a flat list of layers with geometry, captured with ``torch.export``.
 
-What an occluder, a receptive field or a projection needs to know of a network is which values each layer reads and how
-positions of its input map to positions of its output. :func:`capture` finds that out for a model of any spelling
-(modules, functionals, methods, in-place) and :class:`Network` holds it. Whatever cannot be described so raises
-:class:`CannotCapture` with the reason, and the callers run the model as it is.
+What an occluder, a receptive field or a projection needs to know of a network is which values each layer
+reads and how positions of its input map to positions of its output. :func:`capture` finds that out for a
+model of any spelling (modules, functionals, methods, in-place) and :class:`Network` holds it. Whatever
+cannot be described so raises :class:`CannotCapture` with the reason, and the callers run the model as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._layers import Axis, Layer, Unsupported, parse
+from ._export import Unsupported, parse
+from ._layers import Axis, Layer
 
 
 class CannotCapture(RuntimeError):
@@ -29,7 +31,8 @@ class CannotCapture(RuntimeError):
 
 @dataclass
 class Network:
-    """A captured model: ``layers`` in the order in which they run, ``output`` the index of the last, ``names`` the modules' outputs."""
+    """A captured model: ``layers`` in the order in which they run, ``output`` the index of the last,
+    ``names`` the modules' outputs."""
 
     layers: list[Layer]
     output: int
@@ -65,9 +68,11 @@ class Network:
         return self.names[name]
 
     def optimised(self, keep: Iterable[int] = ()) -> Network:
-        """The same function with batch norm folded into convolutions and clamps into the layer before, the values of ``keep`` untouched.
+        """The same function with batch norm folded into convolutions and clamps into the layer before, the
+        values of ``keep`` untouched.
 
-        The new network's ``kept`` are those layers' new indexes (in order of the old ones); ``names`` lists only what is still computed.
+        The new network's ``kept`` are those layers' new indexes (in order of the old ones); ``names`` lists
+        only what is still computed.
         """
         keep = set(keep)
         layers = [dataclasses.replace(layer) for layer in self.layers]
@@ -117,9 +122,11 @@ class Network:
         return Network(result, new[moved[self.output]], names, frozenset(new[moved[index]] for index in keep))
 
     def selected(self, classes: Sequence[int]) -> Network:
-        """The same network that computes only some of its outputs, where its last layers allow it; else itself.
+        """The same network that computes only some of its outputs, where its last layers allow it; else
+        itself.
 
-        Exact: the last linear layer or convolution loses its other rows, and what follows treats every channel alike.
+        Exact: the last linear layer or convolution loses its other rows, and what follows treats every
+        channel alike.
         """
         readers = self.readers()
         path = [self.output]
@@ -167,21 +174,23 @@ def _fold(convolution: Layer, scale: Tensor, shift: Tensor) -> None:
     convolution.weight, convolution.bias = wide.to(weight.dtype), offset.to(weight.dtype)
 
 
-# -- capture -------------------------------------------------------------------------------------------------------------------------
+# -- capture
 
 _captured: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Network]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
 
 def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
-    """The layers of a model on images like these ((N, C, H, W)): its function in evaluation mode, for any batch size.
+    """The layers of a model on images like these ((N, C, H, W)): its function in evaluation mode, for any
+    batch size.
 
-    The last capture of each model is remembered and used again while its parameters, buffers, modes and the images' size, dtype and
-    device stay what they were; ``again=True`` captures anew. The model and its parameters are only read.
+    The last capture of each model is remembered and used again while its parameters, buffers, modes and the
+    images' size, dtype and device stay what they were; ``again=True`` captures anew. The model and its
+    parameters are only read.
 
     Raises:
-        CannotCapture: with the reason, if the model is not a module in evaluation mode, has hooks, cannot be exported (control flow that
-            depends on data, several outputs), or mixes the images of a batch.
+        CannotCapture: with the reason, if the model is not a module in evaluation mode, has hooks, cannot be
+            exported (control flow that depends on data, several outputs), or mixes the images of a batch.
     """
     if not isinstance(model, nn.Module):
         raise CannotCapture(
@@ -196,10 +205,8 @@ def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
         if known is not None and known[0] == key and not again:
             return known[1]
         network = _capture(model, images)
-        try:
+        with contextlib.suppress(TypeError):  # a module without a weak reference is captured at every call
             _captured[model] = (key, network)
-        except TypeError:
-            pass  # a module without a weak reference is captured at every call
         return network
 
 
@@ -262,7 +269,8 @@ def _check_rows(network: Network, example: Tensor) -> None:
 
 
 def rows_agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two results of the same function agree as far as rounding allows (NaN where the other has NaN)."""
+    """Whether two results of the same function agree as far as rounding allows (NaN where the other has
+    NaN)."""
     if a.shape != b.shape:
         return False
     if a.numel() == 0 or not a.is_floating_point():

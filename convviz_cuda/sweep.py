@@ -1,8 +1,10 @@
-"""The occlusion sweep: the scores of a model for every image with an occluder at every position, exact and incremental.
+"""The occlusion sweep: the scores of a model for every image with an occluder at every position, exact and
+incremental.
 
-An occluder changes a rectangle of the image, and each layer needs only the rectangle that this change reaches. The clean images run
-once, and their activations are kept; for each window only rectangles are computed, many windows at a time, with what surrounds them
-read from the clean activations. Models that cannot be captured run on whole masked images: the same numbers, only slower.
+An occluder changes a rectangle of the image, and each layer needs only the rectangle that this change
+reaches. The clean images run once, and their activations are kept; for each window only rectangles are
+computed, many windows at a time, with what surrounds them read from the clean activations. Models that
+cannot be captured run on whole masked images: the same numbers, only slower.
 
 Source: Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" (2013), section 4.2.
 """
@@ -13,28 +15,23 @@ import contextlib
 import copy
 import math
 import numbers
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import window_ops as ops
-from ._sweep_plan import Geometry, Group, Program, costs
+from ._sweep_engines import BruteForce, Incremental, Part
+from ._sweep_plan import window_spans
 from .checks import check_images
-from .network import CannotCapture, Network, capture, rows_agree
+from .fills import Fill, fill_values
+from .network import CannotCapture, capture, rows_agree
 from .progress import Progress
 
-FILLS = ("mean", "grey", "blur", "noise")
-BLUR_KERNEL, BLUR_SIGMA = 11, 5.0  # RISE's
-PATIENCE = 2.0  # seconds of work that an interruption may lose
 MEMORY = {"cpu": 1 << 30, "cuda": 4 << 30}
-
-Fill = float | str | Sequence[float] | Tensor
 
 
 class Maps(NamedTuple):
@@ -43,89 +40,6 @@ class Maps(NamedTuple):
     probability: Tensor
     label: Tensor
     activation: Tensor
-
-
-class _Part(NamedTuple):
-    """Some variants' results: image, row and column (n,), scores (n, K), channel sums of the probed layers (n, C)."""
-
-    image: Tensor
-    row: Tensor
-    col: Tensor
-    scores: Tensor
-    probes: dict[str, Tensor]
-
-
-def fill_values(images: Tensor, fill: Fill, seed: int = 0) -> Tensor:
-    """What an occluder shows, broadcasting to the images (B, C, H, W), in their dtype and on their device.
-
-    A number; one number a channel; "mean": each image's mean colour; "grey": the middle of each channel's range in its image; "blur": the
-    image under a Gaussian (11 pixels, sigma 5: RISE's); "noise": normal with each channel's mean and deviation, drawn for each image from
-    a generator seeded with ``seed`` and its number, on the CPU and so the same on every device; or a tensor that broadcasts.
-    """
-    count, channels, height, width = images.shape
-    if isinstance(fill, Tensor):
-        try:
-            torch.broadcast_shapes(fill.shape, images.shape)
-            fits = fill.expand(images.shape) is not None
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"fill must broadcast to the images' shape {tuple(images.shape)}, but it has the shape {tuple(fill.shape)}."
-            )
-        value = fill.detach().to(images)
-        return value.view((1,) * (4 - value.dim()) + tuple(value.shape))
-    if isinstance(fill, str):
-        if fill not in FILLS:
-            raise ValueError(
-                f"fill must be a number, a tensor or one of {', '.join(map(repr, FILLS))}, but it is {fill!r}."
-            )
-        wide = images.detach().float() if images.dtype in (torch.float16, torch.bfloat16) else images.detach()
-        if fill == "mean":
-            return wide.mean((2, 3), keepdim=True).to(images.dtype)
-        if fill == "grey":
-            return ((wide.amax((2, 3), keepdim=True) + wide.amin((2, 3), keepdim=True)) / 2).to(images.dtype)
-        if fill == "blur":
-            return _blurred(wide).to(images.dtype)
-        mean, deviation = wide.mean((2, 3), keepdim=True), wide.std((2, 3), keepdim=True, correction=0)
-        noise = [
-            torch.randn(
-                1, channels, height, width, generator=torch.Generator().manual_seed(seed * 1_000_003 + item)
-            )
-            for item in range(count)
-        ]
-        return (mean + deviation * torch.cat(noise).to(wide)).to(images.dtype)
-    if isinstance(fill, bool) or not isinstance(fill, numbers.Real | Sequence | np.ndarray):
-        raise TypeError(
-            f"fill must be a number, one number a channel, a name or a tensor, but it is a {type(fill).__name__}."
-        )
-    value = torch.as_tensor(fill, dtype=torch.float64)
-    if value.dim() > 1 or (value.dim() == 1 and len(value) not in (1, channels)):
-        raise ValueError(f"fill must be one number or {channels} (one a channel), but it is {fill!r}.")
-    return value.to(images.dtype).to(images.device).view(1, -1, 1, 1)
-
-
-def _blurred(images: Tensor) -> Tensor:
-    place = torch.arange(BLUR_KERNEL, dtype=torch.float64) - BLUR_KERNEL // 2
-    line = torch.exp(-(place**2) / (2 * BLUR_SIGMA**2))
-    line = (line / line.sum()).to(images)
-    channels = images.shape[1]
-    half = BLUR_KERNEL // 2
-    mode = "reflect" if min(images.shape[2:]) > half else "replicate"
-    padded = F.pad(images, (half, half, half, half), mode=mode)
-    across = F.conv2d(padded, line.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
-    return F.conv2d(across, line.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
-
-
-def window_spans(size: int, window: int, stride: int, border: str = "clip") -> np.ndarray:
-    """(R, 2): the first position of each window on an axis and the one behind its last.
-
-    "clip": Captum's ceil((size - window) / stride) + 1 windows, the last one cut off at the border; "inside": only whole windows.
-    """
-    steps = size - window
-    count = (-(-steps // stride) if border == "clip" else steps // stride) + 1
-    first = np.arange(count, dtype=np.int64) * stride
-    return np.stack([first, np.minimum(first + window, size)], 1)
 
 
 def occlusion_sweep(
@@ -148,31 +62,35 @@ def occlusion_sweep(
 ) -> OcclusionSweep | list[OcclusionSweep]:
     """Slide an occluder over images: the model's scores for every image and every position of the window.
 
-    Only the clean images run now. The windows run when the result's first map or score is asked for, in chunks; what the
-    result was asked for before is remembered, and an interrupted pass goes on where it stopped.
+    Only the clean images run now. The windows run when the result's first map or score is asked for, in
+    chunks; what the result was asked for before is remembered, and an interrupted pass goes on where it
+    stopped.
 
     Args:
-        model: images (N, C, H, W) -> scores (N, K) or (N,), each image's scores independent of the others'. A module in evaluation mode
-            is captured and swept incrementally (see :meth:`OcclusionSweep.explain`); any other callable runs on masked images.
+        model: images (N, C, H, W) -> scores (N, K) or (N,), each image's scores independent of the others'.
+            A module in evaluation mode is captured and swept incrementally (see
+            :meth:`OcclusionSweep.explain`); any other callable runs on masked images.
         images: (B, C, H, W), floating point, on the model's device.
         window: the occluder's side or (height, width) in pixels; a *list* of these gives a list of sweeps.
         stride: between windows in pixels, an int or (vertical, horizontal).
         fill: what the occluder shows (see :func:`fill_values`).
         targets: compute these classes only (negative ones count from the end): less work, and less to keep.
-        border: "clip": the last window of a row or column is cut off at the image's border, as Captum does it; "inside": whole windows only.
+        border: "clip": the last window of a row or column is cut off at the image's border, as Captum does
+            it; "inside": whole windows only.
         seed: of the "noise" fill.
-        memory_limit: bytes that the sweep may hold besides the images, the network's weights and the results; 1 GiB on the CPU and
-            4 GiB on a GPU unless given.
+        memory_limit: bytes that the sweep may hold besides the images, the network's weights and the
+            results; 1 GiB on the CPU and 4 GiB on a GPU unless given.
         dtype: torch.bfloat16 or torch.float16: compute in that dtype; ``.error`` then says what it cost.
         tf32: allow TF32 on the GPU (the error of single precision is 1e3 times smaller).
-        refine: opt in to sampling: evaluate every ``refine``-th window first, all windows only where the coarse map varies by more
-            than ``refine_tolerance`` of its range, and interpolate the rest; ``.evaluated`` says which were evaluated.
+        refine: opt in to sampling: evaluate every ``refine``-th window first, all windows only where the
+            coarse map varies by more than ``refine_tolerance`` of its range, and interpolate the rest;
+            ``.evaluated`` says which were evaluated.
         incremental: False forces whole masked images.
         progress: show windows done and the time left on stderr.
 
     Raises:
-        TypeError, ValueError: arguments of the wrong kind, a window larger than the image, an unknown fill or border, a memory
-            limit that not even one window fits into; the model's output is not (N, K).
+        TypeError, ValueError: arguments of the wrong kind, a window larger than the image, an unknown fill
+            or border, a memory limit that not even one window fits into; the model's output is not (N, K).
         IndexError: a target out of range.
     """
     sizes = window if isinstance(window, list) else [window]
@@ -193,10 +111,12 @@ class OcclusionSweep:
 
     Attributes:
         shape: (B, R, Q): images, rows and columns of the window grid.
-        spans: the rows (R, 2) and columns (Q, 2) that the windows cover: first pixel, and the one behind the last.
+        spans: the rows (R, 2) and columns (Q, 2) that the windows cover: first pixel, and the one behind the
+            last.
         clean: (B, K), the scores of the clean images.
         evaluated: (B, R, Q), bool: which positions were evaluated (all, unless ``refine`` was given).
-        error: with a ``dtype``: the largest difference to the images' own dtype over a sample of windows, as a part of the scores' range.
+        error: with a ``dtype``: the largest difference to the images' own dtype over a sample of windows, as
+            a part of the scores' range.
     """
 
     def __init__(
@@ -225,10 +145,9 @@ class OcclusionSweep:
         self.memory_limit = int(limit)
         self._results: dict[Any, Tensor] = {}
         self._passes: dict[Any, _Pass] = {}
-        self._probed: dict[str, Network] = {}
         self.error: float | None = None
         with torch.no_grad(), _precision(tf32):
-            self._engine: _Incremental | _BruteForce = self._choose(incremental, targets, dtype)
+            self._engine: Incremental | BruteForce = self._choose(incremental, targets, dtype)
         if refine is not None:
             self._refine(int(refine), refine_tolerance)
         else:
@@ -260,11 +179,11 @@ class OcclusionSweep:
                 raise ValueError(
                     f"dtype={dtype} needs a model that can be captured, but here it cannot: {why}"
                 )
-            engine = _BruteForce(self, model, self._rows_independent(reference), why)
-        self.clean = self._select(engine.clean if isinstance(engine, _Incremental) else reference)
+            engine = BruteForce(self, model, self._rows_independent(reference), why)
+        self.clean = self._select(engine.clean if isinstance(engine, Incremental) else reference)
         return engine
 
-    def _incremental(self, reference: Tensor, dtype: torch.dtype | None) -> _Incremental:
+    def _incremental(self, reference: Tensor, dtype: torch.dtype | None) -> Incremental:
         for again in (False, True):
             network = capture(self._model, self._original, again=again)
             clean = self._as_scores(network.run(self._original)[0])
@@ -279,7 +198,7 @@ class OcclusionSweep:
                 narrow = copy.deepcopy(self._model).to(dtype)
                 network.derived["dtype", dtype] = capture(narrow, self._images)
             network = network.derived["dtype", dtype]
-        return _Incremental(self, network)
+        return Incremental(self, network)
 
     def _rows_independent(self, reference: Tensor) -> bool:
         """Whether images may be evaluated together with others: quite different neighbours change nothing."""
@@ -303,7 +222,8 @@ class OcclusionSweep:
             )
         if scores.dim() not in (1, 2) or scores.shape[0] != count:
             raise ValueError(
-                f"The model must return scores (N, K) or (N,) for N = {count} images, but it returned {tuple(scores.shape)}."
+                f"The model must return scores (N, K) or (N,) for N = {count} images, "
+                f"but it returned {tuple(scores.shape)}."
             )
         return scores.detach().view(count, -1) if scores.dim() == 1 else scores.detach()
 
@@ -315,11 +235,13 @@ class OcclusionSweep:
     # -- results
 
     def scores(self) -> Tensor:
-        """(B, R, Q, K): all scores of all positions (of the classes in ``targets`` where given), on the images' device."""
+        """(B, R, Q, K): all scores of all positions (of the classes in ``targets`` where given), on the
+        images' device."""
         return self.reduce(_identity, "scores")
 
     def reduce(self, function: Callable[[Tensor], Tensor], name: Any = None) -> Tensor:
-        """(B, R, Q, ...): ``function`` of each chunk's scores, (n, K) -> (n, ...), without ever holding all scores.
+        """(B, R, Q, ...): ``function`` of each chunk's scores, (n, K) -> (n, ...), without ever holding all
+        scores.
 
         ``name``: under which the result is remembered.
         """
@@ -335,18 +257,20 @@ class OcclusionSweep:
         )[0]
 
     def probability_map(self, target: int | Sequence[int] | Tensor) -> Tensor:
-        """(B, R, Q): the softmax probability of the target class at each position: Zeiler & Fergus, figure 7 (d)."""
+        """(B, R, Q): the softmax probability of the target class at each position: Zeiler & Fergus, figure 7
+        (d)."""
         return self._gather({**self._probability(target)})[0]
 
     def label_map(self) -> Tensor:
-        """(B, R, Q), int64: the class of the highest score at each position: Zeiler & Fergus, figure 7 (e)."""
+        """(B, R, Q), int64: the class of the highest score at each position: Zeiler & Fergus, figure 7
+        (e)."""
         return self._gather({**self._label()})[0]
 
     def activation_map(self, layer: str, channel: int | str | Sequence[int] = "strongest") -> Tensor:
         """(B, R, Q): a feature map's summed activation at each position: Zeiler & Fergus, figure 7 (b).
 
-        layer: the name of a module (as in ``named_modules``); channel: one for all images, one an image, or "strongest": the one whose
-        sum is largest on the clean image.
+        layer: the name of a module (as in ``named_modules``); channel: one for all images, one an image, or
+        "strongest": the one whose sum is largest on the clean image.
         """
         return self._gather({**self._activation(layer, channel)})[0]
 
@@ -361,7 +285,8 @@ class OcclusionSweep:
         return Maps(*self._gather(wanted))
 
     def attribution(self, target: int | Sequence[int] | Tensor = 0) -> Tensor:
-        """(B, H, W): for each pixel the mean, over the windows that cover it, of f(x) - f(x occluded): Captum's ``Occlusion``.
+        """(B, H, W): for each pixel the mean, over the windows that cover it, of f(x) - f(x occluded):
+        Captum's ``Occlusion``.
 
         float64 for float64 images, else float32. Pixels that no window covers (border="inside") are 0.
         """
@@ -449,7 +374,7 @@ class OcclusionSweep:
             parts = []
             for begin in range(0, max(len(flat), 1), 8192):
                 piece = slice(begin, begin + 8192)
-                parts.append(each.function(_Part(image[piece], image[piece], image[piece], flat[piece], {})))
+                parts.append(each.function(Part(image[piece], image[piece], image[piece], flat[piece], {})))
             self._results[name] = torch.cat(parts).view(*self.shape, *parts[0].shape[1:])
 
     def _run(self, wanted: dict[Any, _Reduction], layers: tuple[str, ...]) -> None:
@@ -475,7 +400,7 @@ class OcclusionSweep:
                 state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
         for name, each in wanted.items():
             if name not in state.results:  # not a single window
-                nothing = _Part(*(torch.zeros(0, dtype=torch.long, device=self.clean.device),) * 3, self.clean[:0], {
+                nothing = Part(*(torch.zeros(0, dtype=torch.long, device=self.clean.device),) * 3, self.clean[:0], {
                     layer: self._engine.channel_sums(layer)[:0] for layer in layers
                 })  # fmt: skip
                 value = each.function(nothing)
@@ -500,7 +425,7 @@ class OcclusionSweep:
         best = self.clean.argmax(1)
         columns = slice(None)
 
-        def watch(part: _Part) -> Tensor:
+        def watch(part: Part) -> Tensor:
             # The classes that were asked for, or the one that the clean image is taken for.
             return (
                 part.scores[:, columns]
@@ -528,7 +453,7 @@ class OcclusionSweep:
         mask = torch.zeros_like(self.evaluated)
         mask[tuple(places.T)] = True
         found: list[Tensor] = []
-        full = _BruteForce(self, self._model, True, "", self._original)
+        full = BruteForce(self, self._model, True, "", self._original)
         with torch.no_grad(), _precision(False):
             for engine in (self._engine, full):
                 table = None
@@ -544,7 +469,7 @@ class OcclusionSweep:
 
 
 class _Reduction(NamedTuple):
-    function: Callable[[_Part], Tensor]
+    function: Callable[[Part], Tensor]
     layer: str | None = None
 
 
@@ -592,323 +517,106 @@ def _nearest(places: Tensor, count: int) -> Tensor:
     return places[(at[:, None] - places[None, :]).abs().argmin(1)]
 
 
-# -- the two ways -------------------------------------------------------------------------------------------------------------------
-
-
-class _Incremental:
-    """Rectangles only, from a captured network."""
-
-    def __init__(self, sweep: OcclusionSweep, network: Network) -> None:
-        self.raw = network
-        self.images = sweep._images.contiguous(memory_format=torch.channels_last)
-        self.fill = sweep._fill
-        self.spans, self.shape = sweep.spans, sweep.shape
-        self.classes, self.limit = sweep.classes, sweep.memory_limit
-        self.costs = costs(self.images.device)
-        self._sums: dict[str, Tensor] = {}
-        self.network = self._network(())
-        self.plan = self._plan(self.network, ())
-        self.clean = self._clean()
-
-    def _network(self, layers: tuple[str, ...]) -> Network:
-        keep = tuple(self.raw.layer_index(name) for name in layers)
-        classes = None if self.classes is None else tuple(self.classes)
-        key = ("network", keep, classes)
-        derived = self.raw.derived
-        if key not in derived:
-            while len(derived) > 8:  # a model swept for each of its classes does not keep a copy for each
-                derived.pop(next(iter(derived)))
-            network = self.raw.optimised(keep)
-            if classes is not None:
-                network = network.selected(classes)
-            derived[key] = network
-        return derived[key]
-
-    def _plan(self, network: Network, layers: tuple[str, ...]) -> _Plan:
-        rows, cols = self.spans
-        threads = torch.get_num_threads()
-        key = (
-            "plan",
-            rows.tobytes(),
-            cols.tobytes(),
-            self.images.device,
-            layers,
-            self.limit,
-            self.shape[0],
-            threads,
-        )
-        if key not in network.derived:
-            while len(network.derived) > 8:
-                network.derived.pop(next(iter(network.derived)))
-            network.derived[key] = _Plan(network, self, layers)
-        return network.derived[key]
-
-    def _clean(self) -> Tensor:
-        parts = []
-        for begin in range(0, len(self.images), self.plan.block):
-            scores = self.network.run(self.images[begin : begin + self.plan.block])[0]
-            parts.append(scores.view(len(scores), -1))
-        return torch.cat(parts)
-
-    def channel_sums(self, layer: str) -> Tensor:
-        """(B, C): the clean images' sums of each channel of a layer."""
-        if layer not in self._sums:
-            index = self.raw.layer_index(layer)
-            found = self.raw.layers[index]
-            if found.axes != (2, 3) or len(found.shape) != 3:
-                raise ValueError(
-                    f"The layer {layer!r} has no feature maps: its output is {('N', *found.shape)}."
-                )
-            network = self._network((layer,))
-            place = network.layer_index(layer)
-            with torch.no_grad():
-                values = [
-                    network.run(image, [place])[1][place].sum((2, 3))
-                    for image in self.images.split(self.plan.block)
-                ]
-            self._sums[layer] = torch.cat(values)
-        return self._sums[layer]
-
-    def parts(self, layers: tuple[str, ...], mask: Tensor | None, bar: Progress) -> Iterator[_Part]:
-        network = self._network(layers)
-        plan = self._plan(network, layers)
-        device = self.images.device
-        for begin in range(0, len(self.images), plan.block):
-            images = self.images[begin : begin + plan.block]
-            fill = self.fill if self.fill.shape[0] == 1 else self.fill[begin : begin + plan.block]
-            bases: dict[int, Tensor] | None = None
-            sums: dict[int, Tensor] = {}
-            waiting: list[tuple[Tensor, Tensor, dict[int, Tensor]]] = []
-            held, since = 0, time.monotonic()
-            for group, program, most in plan.programs:
-                variants = _variants(len(images), group, mask, begin)
-                if len(variants) and bases is None:
-                    bases = network.run(images, plan.cached)[1] if plan.cached else {}
-                    sums = {index: bases[index].sum((2, 3)) for index in plan.probes}
-                chunk = -(-len(variants) // max(1, -(-len(variants) // most)))
-                for now in variants.split(chunk) if len(variants) else ():
-                    assert bases is not None
-                    value, probes = program.run(images, fill, bases, sums, now.to(device))
-                    waiting.append((value, _global(group, now, begin), probes))
-                    held += len(now)
-                    bar.advance(len(now))
-                    if held >= plan.tail_batch or time.monotonic() - since > PATIENCE:
-                        yield self._finish(network, plan, waiting)
-                        waiting, held, since = [], 0, time.monotonic()
-            if waiting:
-                yield self._finish(network, plan, waiting)
-
-    def _finish(
-        self, network: Network, plan: _Plan, waiting: list[tuple[Tensor, Tensor, dict[int, Tensor]]]
-    ) -> _Part:
-        """The layers that see no map any more, for many chunks at once."""
-        device = self.images.device
-        value = torch.cat([value for value, _, _ in waiting])
-        values: dict[int, Any] = {plan.end: value}
-        for index in plan.tail:
-            layer = network.layers[index]
-            values[index] = layer.run([values[source] for source in layer.inputs])
-        scores = values[network.output]
-        place = torch.cat([place for _, place, _ in waiting]).to(device)
-        probes = {
-            name: torch.cat([probes[index] for _, _, probes in waiting])
-            for name, index in zip(plan.layers, plan.probes, strict=True)
-        }
-        return _Part(place[:, 0], place[:, 1], place[:, 2], scores.view(len(value), -1), probes)
-
-    def explain(self) -> str:
-        plan = self.plan
-        lines = [
-            f"Incremental: {len(plan.programs)} groups of windows; about {plan.seconds:.2g} s estimated, "
-            f"{plan.dense:.2g} s on whole images.",
-            f"Blocks of {plan.block} images; chunks of {', '.join(str(most) for _, _, most in plan.programs[:8])} windows.",
-        ]
-        for number, (group, program, most) in enumerate(plan.programs):
-            lines.append(f"group {number}: {len(group.rows)} x {len(group.cols)} windows, {most} a chunk")
-            for index, note in program.notes.items():
-                layer = self.network.layers[index]
-                reason = ""
-                if note == "whole map":
-                    reason = (
-                        " (mixes positions)"
-                        if program.geometry.whole[index]
-                        else " (the rectangle covers most of it)"
-                    )
-                lines.append(f"  {layer.name}: {layer.kind}, {note}{reason}")
-        for index in plan.tail:
-            lines.append(
-                f"  {self.network.layers[index].name}: {self.network.layers[index].kind}, once for {plan.tail_batch} windows"
-            )
-        return "\n".join(lines)
-
-
-def _variants(images: int, group: Group, mask: Tensor | None, begin: int) -> Tensor:
-    """(n, 3): image, and the group's own numbers of row and column."""
-    each = torch.cartesian_prod(
-        torch.arange(images), torch.arange(len(group.rows)), torch.arange(len(group.cols))
-    ).view(-1, 3)
-    if mask is None:
-        return each
-    place = _global(group, each, begin)
-    return each[mask[place[:, 0], place[:, 1], place[:, 2]]]
-
-
-def _global(group: Group, variants: Tensor, begin: int) -> Tensor:
-    rows, cols = torch.from_numpy(group.rows), torch.from_numpy(group.cols)
-    return torch.stack([variants[:, 0] + begin, rows[variants[:, 1]], cols[variants[:, 2]]], 1)
-
-
-class _Plan:
-    """The programs of a sweep's groups, and how many images and windows run together."""
-
-    def __init__(self, network: Network, engine: _Incremental, layers: tuple[str, ...]) -> None:
-        rows, cols = engine.spans
-        itemsize = engine.images.element_size()
-        self.layers = layers
-        self.probes = [network.layer_index(name) for name in layers]
-        self.end, self.tail = _tail(network, self.probes)
-        geometry = Geometry(network, rows, cols)
-        groups, self.seconds, self.dense = geometry.grouping(max(1, engine.shape[0]), engine.costs, itemsize)
-        tables: dict[Any, Tensor] = {}
-        built = [
-            (group, Program(network, geometry, group, self.end, self.probes, engine.images.device, tables))
-            for group in groups
-        ]
-        self.cached: set[int] = set().union(*(program.cached for _, program in built), self.probes) - {0}
-        if any(0 in program.cached for _, program in built):
-            self.cached.add(0)
-        cache = sum(math.prod(network.layers[i].shape) for i in self.cached if i) * itemsize
-        running = _peak_of_run(network) * itemsize
-        tail = max([math.prod(abs(n) for n in network.layers[i].shape) for i in (self.end, *self.tail)])
-        least = cache + max(running, max(program.peak for _, program in built) * itemsize)
-        if least > engine.limit:
-            raise ValueError(
-                f"memory_limit must be at least {least} bytes for one window of this model, but it is {engine.limit}."
-            )
-        half = engine.limit // 2
-        self.block = max(1, min(engine.shape[0], half // max(1, cache + running)))
-        left = engine.limit - self.block * cache
-        self.programs = []
-        for group, program in built:
-            by_memory = left * 3 // 4 // max(1, program.peak * itemsize)
-            by_size = engine.costs.chunk // max(1, program.largest * itemsize)
-            self.programs.append((group, program, int(max(1, min(by_memory, max(by_size, 4), 4096)))))
-        self.tail_batch = int(max(1, min(1024, left // 8 // max(1, tail * itemsize))))
-
-
-def _tail(network: Network, probes: Sequence[int]) -> tuple[int, list[int]]:
-    """The first value without positions on which all later layers depend alone, and those layers."""
-    layers = network.layers
-    for index, layer in enumerate(layers[: network.output], start=0):
-        if layer.axes is not None or layer.kind == "size" or any(p > index for p in probes):
-            continue
-        later = range(index + 1, network.output + 1)
-        if all(
-            layers[i].kind in ("linear", "general", "pointwise")
-            and layers[i].axes is None
-            and all(source >= index for source in layers[i].inputs)
-            for i in later
-        ):
-            return index, list(later)
-    return network.output, []
-
-
-def _peak_of_run(network: Network) -> int:
-    """Values of one image that live at once when the network runs."""
-    last = {source: index for index, layer in enumerate(network.layers) for source in layer.inputs}
-    live = peak = 0
-    for index, layer in enumerate(network.layers):
-        live += math.prod(abs(n) for n in layer.shape)
-        peak = max(peak, live)
-        for source in set(layer.inputs):
-            if last[source] == index:
-                live -= math.prod(abs(n) for n in network.layers[source].shape)
-    return peak
-
-
-class _BruteForce:
-    """Whole masked images through the model as it is."""
-
-    def __init__(
-        self, sweep: OcclusionSweep, model: Callable[[Tensor], Tensor], together: bool, why: str, images: Tensor | None = None
-    ) -> None:  # fmt: skip
-        self.sweep, self.model, self.together, self.why = sweep, model, together, why
-        self.images = sweep._images if images is None else images
-        self.fill = sweep._fill.to(self.images.dtype)
-        self._sums: dict[str, Tensor] = {}
-        each = self.images[:1].numel() * self.images.element_size()
-        # What the model itself needs is not known; twenty times its input is common.
-        self.most = int(max(1, min(64, sweep.memory_limit // max(1, 20 * each))))
-
-    def channel_sums(self, layer: str) -> Tensor:
-        if layer not in self._sums:
-            with torch.no_grad(), _Recorder(self.model, (layer,)) as recorder:
-                self.model(self.images)
-            self._sums[layer] = recorder.sums[layer]
-        return self._sums[layer]
-
-    def parts(self, layers: tuple[str, ...], mask: Tensor | None, bar: Progress) -> Iterator[_Part]:
-        images, (rows, cols) = self.images, self.sweep.spans
-        device = images.device
-        tables = [torch.from_numpy(np.insert(span, 0, 0, axis=1)).to(device) for span in (rows, cols)]
-        count, size = self.sweep.shape, images.shape[2:]
-        order = torch.cartesian_prod(*(torch.arange(n) for n in (count[1], count[2], count[0]))).view(-1, 3)[
-            :, [2, 0, 1]
-        ]
-        if mask is not None:
-            # Images that depend on each other stay together.
-            mask = mask if self.together else mask.any(0, keepdim=True).expand(mask.shape)
-            order = order[mask[order[:, 0], order[:, 1], order[:, 2]]]
-        most = self.most if self.together else max(1, count[0])
-        for begin in range(0, len(order), most):
-            now = order[begin : begin + most].to(device)
-            masked = ops.occlude(images, self.fill, now, *tables, tuple(size))
-            with _Recorder(self.model, layers) as recorder:
-                scores = self.sweep._select(self.sweep._forward(self.model, masked))
-            bar.advance(len(now))
-            yield _Part(now[:, 0], now[:, 1], now[:, 2], scores, recorder.sums)
-
-    def explain(self) -> str:
-        chunk = (
-            f"{self.most} a forward"
-            if self.together
-            else "one window of all images a forward (its images depend on each other)"
-        )
-        return f"Brute force, whole masked images, {chunk}: {self.why or 'asked for'}"
-
-
-class _Recorder:
-    """The channel sums of some modules' outputs during a forward; leaves nothing behind."""
-
-    def __init__(self, model: Any, layers: Sequence[str]) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
-        self.modules = []
-        if layers:
-            known = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-            for name in layers:
-                if name not in known:
-                    raise ValueError(f"The model has no layer {name!r}.")
-                self.modules.append((name, known[name]))
-
-    def __enter__(self) -> _Recorder:
-        for name, module in self.modules:
-            self.handles.append(
-                module.register_forward_hook(lambda _m, _i, out, name=name: self._keep(name, out))
-            )
-        return self
-
-    def _keep(self, name: str, out: Any) -> None:
-        if not isinstance(out, Tensor) or out.dim() != 4:
-            raise ValueError(f"The layer {name!r} has no feature maps.")
-        self.sums[name] = out.detach().sum((2, 3))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-# -- arguments ---------------------------------------------------------------------------------------------------------------------
+# -- arguments
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -67,51 +67,41 @@ def _check_tables(base_name: str, base: Tensor, variants: Tensor, rows: Tensor, 
         raise ValueError(f"{base_name} must have an image where there are variants.")
 
 
-def _tables_fit(base: Tensor, variants: Tensor, rows: Tensor, cols: Tensor, width: int) -> bool:
-    count, device = variants.shape[0], base.device
-    return (
-        variants.dtype is torch.int64
-        and rows.dtype is torch.int64
-        and cols.dtype is torch.int64
-        and variants.dim() == rows.dim() == cols.dim() == 2
-        and variants.shape[1] == 3
-        and rows.shape[1] == width
-        and cols.shape[1] == width
-        and (count == 0 or (base.shape[0] > 0 and rows.shape[0] > 0 and cols.shape[0] > 0))
-        and variants.device == device
-        and rows.device == device
-        and cols.device == device
-    )
-
-
-def _fits(base: Tensor, patch: Tensor, variants: Tensor, rows: Tensor, cols: Tensor, width: int) -> bool:
-    return (
-        isinstance(base, Tensor)
-        and isinstance(patch, Tensor)
-        and isinstance(variants, Tensor)
-        and isinstance(rows, Tensor)
-        and isinstance(cols, Tensor)
-        and base.dim() == patch.dim() == 4
-        and base.dtype is patch.dtype
-        and base.dtype in DTYPES
-        and base.device == patch.device
-        and _tables_fit(base, variants, rows, cols, width)
-        and patch.shape[0] == variants.shape[0]
-        and patch.shape[1] == base.shape[1]
-    )
+def _fit(tensors: tuple[Any, ...], width: int) -> bool:
+    """Whether base, patch (or images, fill), variants, rows and cols belong together, but for the patch's shape."""
+    base, patch, variants, rows, cols = tensors
+    try:
+        (images, _, _, _), (count, three) = base.shape, variants.shape
+        (row_count, row_width), (col_count, col_width) = rows.shape, cols.shape
+        return (
+            isinstance(base, Tensor)
+            and base.dtype in DTYPES
+            and base.dtype is patch.dtype
+            and variants.dtype is rows.dtype is cols.dtype is torch.int64
+            and three == 3
+            and row_width == col_width == width
+            and (count == 0 or (images > 0 and row_count > 0 and col_count > 0))
+            and (
+                (base.is_cpu and patch.is_cpu and variants.is_cpu and rows.is_cpu and cols.is_cpu)
+                or base.device == patch.device == variants.device == rows.device == cols.device
+            )
+        )
+    except (AttributeError, ValueError):  # no tensor, or one of another rank
+        return False
 
 
 def _check(base: Tensor, patch: Tensor, variants: Tensor, rows: Tensor, cols: Tensor, width: int) -> None:
-    if _fits(base, patch, variants, rows, cols, width):
-        return
-    check_images("base", base)
-    check_images("patch", patch)
-    _same_kind("patch", patch, "base", base)
-    _check_tables("base", base, variants, rows, cols, width)
-    raise ValueError(
-        f"patch must have {variants.shape[0]} variants of {base.shape[1]} channels, "
-        f"but it has the shape {tuple(patch.shape)}."
-    )
+    if not _fit((base, patch, variants, rows, cols), width):
+        check_images("base", base)
+        check_images("patch", patch)
+        _same_kind("patch", patch, "base", base)
+        _check_tables("base", base, variants, rows, cols, width)
+    if patch.dim() != 4 or patch.shape[:2] != (variants.shape[0], base.shape[1]):
+        check_images("patch", patch)
+        raise ValueError(
+            f"patch must have {variants.shape[0]} variants of {base.shape[1]} channels, "
+            f"but it has the shape {tuple(patch.shape)}."
+        )
 
 
 def _bias(bias: Tensor | None, patch: Tensor) -> Tensor | None:
@@ -144,8 +134,10 @@ def _two(name: str, value: Sequence[int], least: int) -> Sequence[int]:
     return pair(name, value, least)
 
 
-def _tables(*tables: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t if t.is_contiguous() else t.contiguous() for t in tables)
+def _tables(variants: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if variants.is_contiguous() and rows.is_contiguous() and cols.is_contiguous():
+        return variants, rows, cols
+    return variants.contiguous(), rows.contiguous(), cols.contiguous()
 
 
 # ---------------------------------------------------------------------------------------- occluded images
@@ -183,18 +175,7 @@ def occlude(
 
     Zeiler & Fergus 2013, section 4.2.
     """
-    if not (
-        isinstance(images, Tensor)
-        and isinstance(fill, Tensor)
-        and isinstance(variants, Tensor)
-        and isinstance(rows, Tensor)
-        and isinstance(cols, Tensor)
-        and images.dim() == 4
-        and images.dtype is fill.dtype
-        and images.dtype in DTYPES
-        and images.device == fill.device
-        and _tables_fit(images, variants, rows, cols, 3)
-    ):
+    if not _fit((images, fill, variants, rows, cols), 3):
         check_images("images", images)
         check_float("fill", fill)
         _same_kind("fill", fill, "images", images)

@@ -267,6 +267,7 @@ def _conv_case(label: str, shape, outputs: int, kernel, geometry) -> Case:
 WINDOWS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int], tuple[int, int]]] = {
     "typical": ((2, 37, 6, 7), (5, 3, 4), (5, 6)),
     "16-channels": ((2, 16, 5, 5), (4, 3, 3), (4, 4)),
+    "64-channels": ((1, 64, 3, 3), (2, 2, 1), (3, 3)),
     "3-channels": ((2, 3, 6, 7), (4, 2, 3), (4, 5)),
     "1-channel": ((1, 1, 5, 4), (3, 2, 2), (3, 9)),
     "1-pixel": ((3, 8, 4, 4), (5, 1, 1), (3, 3)),

@@ -1,4 +1,5 @@
-"""The captured network: the model's own function in any spelling, its geometry, and the reasons for not capturing."""
+"""The captured network: the model's own function in any spelling, its geometry, and the reasons for not
+capturing."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Functional(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """Layer norm and linear layers over the channels, as in ConvNeXt; a shuffle, a split; local response normalisation."""
+    """Layer norm and linear layers over the channels, as in ConvNeXt; a shuffle, a split; local response
+    normalisation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convviz_cuda import sweep as sweep_module
-from convviz_cuda._sweep_plan import Geometry, costs
+from convviz_cuda import _sweep_engines as engines
+from convviz_cuda._sweep_plan import Geometry, costs, window_spans
+from convviz_cuda.fills import fill_values
 from convviz_cuda.models import zfnet_mini
-from convviz_cuda.network import capture
+from convviz_cuda.network import capture, rows_agree
 from convviz_cuda.progress import Progress
-from convviz_cuda.sweep import fill_values, occlusion_sweep, window_spans
+from convviz_cuda.sweep import occlusion_sweep
 
 
 def images(count=2, channels=3, height=24, width=24, dtype=torch.float64, seed=1):
@@ -64,7 +65,8 @@ def small_net(seed=0, classes=5):
     torch.manual_seed(seed)
     return (
         nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+            nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
         ).double().eval()
     )  # fmt: skip
@@ -168,7 +170,8 @@ def test_groups_cover_every_window_and_its_rectangle(size, window, stride, kerne
     """Each window is in exactly one group, and its group's rectangle contains all that it changes."""
     window = min(window, size)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(1, 2, kernel, step, kernel // 2), nn.MaxPool2d(2, 2, ceil_mode=True), nn.Conv2d(2, 2, 3, padding=1),
+    model = nn.Sequential(nn.Conv2d(1, 2, kernel, step, kernel // 2), nn.MaxPool2d(2, 2, ceil_mode=True),
+                          nn.Conv2d(2, 2, 3, padding=1),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()  # fmt: skip
     x = images(1, 1, size, size)
     network = capture(model, x).optimised()
@@ -522,7 +525,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
     model, x = small_net(), images(4)
     expected = brute_force(model, x, 6, 2)
     sweep = occlusion_sweep(model, x, 6, 2, incremental=incremental, memory_limit=1 << 20)
-    monkeypatch.setattr(sweep_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(engines, "PATIENCE", 0.0)
     advanced = []
 
     def interrupt(self, count=1):
@@ -676,5 +679,5 @@ def test_no_images():
 
 
 def test_rows_agree_scales_with_the_values():
-    assert sweep_module.rows_agree(torch.tensor([1e6, 1.0]), torch.tensor([1e6 + 1, 1.0]))
-    assert not sweep_module.rows_agree(torch.tensor([1.0]), torch.tensor([1.1]))
+    assert rows_agree(torch.tensor([1e6, 1.0]), torch.tensor([1e6 + 1, 1.0]))
+    assert not rows_agree(torch.tensor([1.0]), torch.tensor([1.1]))

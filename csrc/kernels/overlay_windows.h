@@ -25,11 +25,13 @@ struct OverlayArgs {
   }
 };
 
-// V channels of one pixel of channels_last maps. For the GPU: item i, channels fastest.
-template <class T, int V>
+// U times V channels of one pixel of channels_last maps, `step` apart: what it takes to find the pixel is
+// worth several vectors. For the GPU: item i, channels fastest.
+template <class T, int V, int U>
 struct OverlayChannels {
   OverlayArgs<T> args;
-  Divider groups, width, height;  // groups: channels / V, which leaves no remainder
+  Divider groups, width, height;  // groups: step / V, which leaves no remainder
+  int64_t step;                   // channels / U
 
   CONVVIZ_HD void operator()(int64_t i) const {
     int64_t n = i;
@@ -37,29 +39,39 @@ struct OverlayChannels {
     const WindowSources<T>& from = args.from;
     const AxisEntry rows = from.row(n), cols = from.col(n);
     const int64_t map_y = rows.origin + y, map_x = cols.origin + x;
-    T values[V];
+    const T* source = nullptr;
     bool in_patch = false;
     if (in_map(map_y, from.height) && in_map(map_x, from.width)) {
       const auto row = from.at(n, from.tables.image(n), rows, cols, map_y);
       in_patch = row.in_patch && cols.in_patch(map_x);
-      load_pack((in_patch ? row.patch + map_x * from.patch.w : row.base + map_x * from.base.w) + c, values);
-    } else {
-      CONVVIZ_LANES
-      for (int l = 0; l < V; ++l) values[l] = args.pad;
+      source = (in_patch ? row.patch + map_x * from.patch.w : row.base + map_x * from.base.w) + c;
+    }
+    T values[U][V];
+    CONVVIZ_UNROLL
+    for (int u = 0; u < U; ++u) {
+      if (source != nullptr) {
+        load_pack(source + u * step, values[u]);
+      } else {
+        CONVVIZ_LANES
+        for (int l = 0; l < V; ++l) values[u][l] = args.pad;
+      }
     }
     T* out = args.out.data + n * args.out.n + y * args.out.h + x * args.out.w + c;
-    if (args.add) {
-      T old[V];
-      load_pack(out, old);
-      CONVVIZ_LANES
-      for (int l = 0; l < V; ++l) values[l] = args.sum(old[l], values[l]);
-    } else if (in_patch && !args.activation.plain) {
-      acc_t<T> numbers[V];
-      args.activation.template lanes<V, true>(values, c, V, numbers);
-      CONVVIZ_LANES
-      for (int l = 0; l < V; ++l) values[l] = static_cast<T>(numbers[l]);
+    CONVVIZ_UNROLL
+    for (int u = 0; u < U; ++u) {
+      if (args.add) {
+        T old[V];
+        load_pack(out + u * step, old);
+        CONVVIZ_LANES
+        for (int l = 0; l < V; ++l) values[u][l] = args.sum(old[l], values[u][l]);
+      } else if (in_patch && !args.activation.plain) {
+        acc_t<T> numbers[V];
+        args.activation.template lanes<V, true>(values[u], c + u * step, V, numbers);
+        CONVVIZ_LANES
+        for (int l = 0; l < V; ++l) values[u][l] = static_cast<T>(numbers[l]);
+      }
+      store_pack(out + u * step, values[u]);
     }
-    store_pack(out, values);
   }
 };
 

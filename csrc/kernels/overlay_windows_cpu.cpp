@@ -114,8 +114,14 @@ struct ChannelsLastLoop {
     if (begin >= end) return;
     out += begin * args.out.w;
     source += (begin + origin) * step;
+    const int64_t count = (end - begin) * args.channels;
     if (args.out.w == args.channels && step == args.channels) {
-      runs.copy(out, source, (end - begin) * args.channels);
+      runs.copy(out, source, count);
+    } else if (args.out.w == args.channels && step == 0 &&
+               !args.add) {  // one colour: twice as much each time
+      std::memcpy(out, source, sizeof(T) * args.channels);
+      for (int64_t done = args.channels; done < count; done *= 2)
+        std::memcpy(out + done, out, sizeof(T) * min_of(done, count - done));
     } else {
       for (int64_t x = begin; x < end; ++x, out += args.out.w, source += step)
         runs.copy(out, source, args.channels);

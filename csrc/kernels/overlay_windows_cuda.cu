@@ -14,6 +14,13 @@ int elements(const OverlayArgs<T>& args, bool packed, void* stream) {
   return launch(item, rows * groups, stream);
 }
 
+template <class T, int V, int U>
+int vectors(const OverlayArgs<T>& args, void* stream) {
+  const int64_t step = args.channels / U, groups = step / V;
+  const OverlayChannels<T, V, U> item{args, Divider(groups), Divider(args.width), Divider(args.height), step};
+  return launch(item, args.count * args.height * args.width * groups, stream);
+}
+
 }  // namespace
 
 template <class T>
@@ -22,9 +29,9 @@ int overlay_cuda(const OverlayArgs<T>& args, void* stream) {
   constexpr int V = kGpuLanes<T>;
   if (channels_last && args.channels % V == 0 && packs<V>(args.from.base) && packs<V>(args.from.patch) &&
       packs<V>(args.out) && (args.activation.bias == nullptr || is_aligned<V>(args.activation.bias))) {
-    const int64_t groups = args.channels / V;
-    const OverlayChannels<T, V> item{args, Divider(groups), Divider(args.width), Divider(args.height)};
-    return launch(item, args.count * args.height * args.width * groups, stream);
+    if (args.channels % (4 * V) == 0) return vectors<T, V, 4>(args, stream);
+    if (args.channels % (2 * V) == 0) return vectors<T, V, 2>(args, stream);
+    return vectors<T, V, 1>(args, stream);
   }
   const MapView<T>& out = args.out;
   const bool aligned = is_aligned<V>(out.data) && out.n % V == 0 && out.h % V == 0;

@@ -1,0 +1,80 @@
+"""What stands in the place of occluded pixels."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FILLS = ("mean", "grey", "blur", "noise")
+BLUR_KERNEL, BLUR_SIGMA = 11, 5.0  # RISE's
+
+Fill = float | str | Sequence[float] | Tensor
+
+
+def fill_values(images: Tensor, fill: Fill, seed: int = 0) -> Tensor:
+    """What an occluder shows, broadcasting to the images (B, C, H, W), in their dtype and on their device.
+
+    A number; one number a channel; "mean": each image's mean colour; "grey": the middle of each channel's
+    range in its image; "blur": the image under a Gaussian (11 pixels, sigma 5: RISE's); "noise": normal with
+    each channel's mean and deviation, drawn for each image from a generator seeded with ``seed`` and its
+    number, on the CPU and so the same on every device; or a tensor that broadcasts.
+    """
+    count, channels, height, width = images.shape
+    if isinstance(fill, Tensor):
+        try:
+            torch.broadcast_shapes(fill.shape, images.shape)
+            fits = fill.expand(images.shape) is not None
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"fill must broadcast to the images' shape {tuple(images.shape)}, "
+                f"but it has the shape {tuple(fill.shape)}."
+            )
+        value = fill.detach().to(images)
+        return value.view((1,) * (4 - value.dim()) + tuple(value.shape))
+    if isinstance(fill, str):
+        if fill not in FILLS:
+            raise ValueError(
+                f"fill must be a number, a tensor or one of {', '.join(map(repr, FILLS))}, but it is {fill!r}."
+            )
+        wide = images.detach().float() if images.dtype in (torch.float16, torch.bfloat16) else images.detach()
+        if fill == "mean":
+            return wide.mean((2, 3), keepdim=True).to(images.dtype)
+        if fill == "grey":
+            return ((wide.amax((2, 3), keepdim=True) + wide.amin((2, 3), keepdim=True)) / 2).to(images.dtype)
+        if fill == "blur":
+            return _blurred(wide).to(images.dtype)
+        mean, deviation = wide.mean((2, 3), keepdim=True), wide.std((2, 3), keepdim=True, correction=0)
+        noise = [
+            torch.randn(
+                1, channels, height, width, generator=torch.Generator().manual_seed(seed * 1_000_003 + item)
+            )
+            for item in range(count)
+        ]
+        return (mean + deviation * torch.cat(noise).to(wide)).to(images.dtype)
+    if isinstance(fill, bool) or not isinstance(fill, numbers.Real | Sequence | np.ndarray):
+        raise TypeError(
+            f"fill must be a number, one number a channel, a name or a tensor, but it is a {type(fill).__name__}."
+        )
+    value = torch.as_tensor(fill, dtype=torch.float64)
+    if value.dim() > 1 or (value.dim() == 1 and len(value) not in (1, channels)):
+        raise ValueError(f"fill must be one number or {channels} (one a channel), but it is {fill!r}.")
+    return value.to(images.dtype).to(images.device).view(1, -1, 1, 1)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    place = torch.arange(BLUR_KERNEL, dtype=torch.float64) - BLUR_KERNEL // 2
+    line = torch.exp(-(place**2) / (2 * BLUR_SIGMA**2))
+    line = (line / line.sum()).to(images)
+    channels = images.shape[1]
+    half = BLUR_KERNEL // 2
+    mode = "reflect" if min(images.shape[2:]) > half else "replicate"
+    padded = F.pad(images, (half, half, half, half), mode=mode)
+    across = F.conv2d(padded, line.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
+    return F.conv2d(across, line.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
