@@ -120,11 +120,22 @@ class Layer:
                 name = "relu"
             elif self.activation is not None:
                 name, scalars = "hardtanh", list(self.activation)
-            return torch.ops.mkldnn._convolution_pointwise(
+            onednn = torch.ops.mkldnn
+            if self.is_linear and padding[0] == padding[1] == 0:
+                # Pixels are the rows of a matrix; oneDNN's 1x1 convolutions are slow for some sizes.
+                pixels = x.permute(0, 2, 3, 1)
+                return onednn._linear_pointwise(pixels, self.packed, self.bias, name, scalars, "").permute(0, 3, 1, 2)
+            return onednn._convolution_pointwise(
                 x, self.packed, self.bias, padding, stride, dilation, self.groups, name, scalars, ""
             )
         out = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, self.groups)
         return clamp_(out, self.activation)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether each output pixel is a linear function of one input pixel."""
+        assert self.windows is not None
+        return self.groups == 1 and all(a.kernel == a.stride == 1 for a in self.windows)
 
     def pack(self) -> None:
         """Bring the weight to the order that the device's convolutions like, once for all calls."""
@@ -136,8 +147,8 @@ class Layer:
             self.weight = weight.contiguous(memory_format=torch.channels_last)
             return
         assert self.windows is not None
-        try:  # An op of Inductor's: where it is missing or has changed, the plain convolution serves.
-            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+        try:  # Ops of Inductor's: where they are missing or have changed, the plain convolution serves.
+            self.packed = weight.flatten(1).contiguous() if self.is_linear else torch._C._nn.mkldnn_reorder_conv2d_weight(
                 weight.to_mkldnn(),
                 [0, 0],
                 [axis.stride for axis in self.windows],

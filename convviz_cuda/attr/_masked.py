@@ -109,6 +109,8 @@ class MaskedForward:
         if self.memory_limit is not None:
             copies = min(copies, self.memory_limit // max(1, self.peak_bytes))
         together = copies >= 3  # what the check takes at once
+        if self.memory_limit is not None and not together:
+            return 1
         turned = [torch.channels_last if gains_turned(x) else _memory_format(x) for x in self.inputs]
         for layouts in [turned] * (turned != self.layouts) + [self.layouts] * together:
             if self._rows_independent(layouts, together):
@@ -161,10 +163,8 @@ class MaskedForward:
             dtypes.append(torch.float32)
         if torch.is_autocast_enabled(device):
             dtypes.append(torch.get_autocast_dtype(device))
-        least = 0.0
-        if device == "cuda" and torch.float32 in dtypes and _tf32():
-            least = TF32_ROUNDING
-        return max((ROUNDING.get(dtype, 0.0) for dtype in dtypes), default=0.0) or least
+        tf32 = device == "cuda" and torch.float32 in dtypes and _tf32()
+        return max([ROUNDING.get(dtype, 0.0) for dtype in dtypes] + [TF32_ROUNDING if tf32 else 0.0])
 
     # ------------------------------------------------------------------------------------------ the windows
 
