@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .winograd import pays, winograd_conv2d, winograd_weight
+
 Range = tuple[float, float]  # what an activation clamps to: (0, inf) is a ReLU
 
 
@@ -75,6 +77,7 @@ class Layer:
     activation: Range | None = None
     name: str = ""
     packed: Tensor | None = None  # oneDNN's own order of the weight
+    tiles: Tensor | None = None  # the weight in Winograd's domain
 
     @property
     def size(self) -> tuple[int, int]:
@@ -114,6 +117,9 @@ class Layer:
         assert self.windows is not None and self.weight is not None
         stride = [axis.stride for axis in self.windows]
         dilation = [axis.dilation for axis in self.windows]
+        if self.tiles is not None and x.numel():
+            low, high = self.activation or (-math.inf, math.inf)
+            return winograd_conv2d(x, self.tiles, self.bias, list(padding), low, high)
         if self.packed is not None and x.numel():
             name, scalars = "none", []
             if self.activation == (0.0, math.inf):
@@ -137,6 +143,12 @@ class Layer:
         assert self.windows is not None
         return self.groups == 1 and all(a.kernel == a.stride == 1 for a in self.windows)
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether it is a 3x3 convolution with stride 1, which Winograd's way serves."""
+        assert self.windows is not None
+        return self.groups == 1 and all((a.kernel, a.stride, a.dilation) == (3, 1, 1) for a in self.windows)
+
     def pack(self) -> None:
         """Bring the weight to the order that the device's convolutions like, once for all calls."""
         weight = self.weight
@@ -147,6 +159,9 @@ class Layer:
             self.weight = weight.contiguous(memory_format=torch.channels_last)
             return
         assert self.windows is not None
+        if self.is_tiled and pays(*weight.shape[1::-1]):
+            self.tiles = winograd_weight(weight)
+            return
         try:  # Ops of Inductor's: where they are missing or have changed, the plain convolution serves.
             self.packed = weight.flatten(1).contiguous() if self.is_linear else torch._C._nn.mkldnn_reorder_conv2d_weight(
                 weight.to_mkldnn(),

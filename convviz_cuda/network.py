@@ -160,6 +160,7 @@ class Network:
             weight=last.weight[rows],
             bias=None if last.bias is None else last.bias[rows],
             packed=None,
+            tiles=None,
         )
         last.pack()
         return Network(layers, self.output, self.names, self.kept)

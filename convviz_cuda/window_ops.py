@@ -16,7 +16,6 @@ float16, with sums in float32 (float64 for float64). None of these functions is 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,118 +25,24 @@ from torch import Tensor
 
 from . import window_reference as reference
 from ._register import define, looped
-from .checks import DTYPES, Pair, check_float, check_images, check_tensor, pair, pool_geometry
+from .checks import Pair, check_float, check_images, pool_geometry
+from .window_checks import (
+    check_bounds,
+    check_out,
+    check_sources,
+    check_tables,
+    checked_bias,
+    contiguous,
+    fit,
+    same_kind,
+    two_ints,
+)
 from .window_reference import layout_of
-
-# These functions are called thousands of times in a sweep. So each asks all that it asks of its arguments in one
-# expression, and only where that fails the sentence is looked for.
 
 
 def _define(name: str, signature: str, fake: Callable[..., Any]) -> Any:
     vmap = None if name.endswith("_") else looped(name)
     return define(name, signature, getattr(reference, name), fake, vmap=vmap, differentiable=False)
-
-
-def _index_table(name: str, table: Tensor, width: int | str, device: torch.device) -> None:
-    check_tensor(name, table)
-    if table.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, but it is {table.dtype}.")
-    if table.dim() != 2 or table.shape[1] != width:
-        raise ValueError(
-            f"{name} must have the shape (count, {width}), but it has the shape {tuple(table.shape)}."
-        )
-    if table.device != device:
-        raise ValueError(f"{name} must be on {device} as the other tensors are, but it is on {table.device}.")
-
-
-def _same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype or tensor.device != other.device:
-        raise TypeError(
-            f"{name} must be {other.dtype} on {other.device} as {other_name} is, "
-            f"but it is {tensor.dtype} on {tensor.device}."
-        )
-
-
-def _check_tables(base_name: str, base: Tensor, variants: Tensor, rows: Tensor, cols: Tensor, width: int):
-    for name, table, columns in (("variants", variants, 3), ("rows", rows, width), ("cols", cols, width)):
-        _index_table(name, table, columns, base.device)
-        if variants.shape[0] and not table.shape[0]:
-            raise ValueError(f"{name} must not be empty where there are variants.")
-    if variants.shape[0] and not base.shape[0]:
-        raise ValueError(f"{base_name} must have an image where there are variants.")
-
-
-def _fit(tensors: tuple[Any, ...], width: int) -> bool:
-    """Whether base, patch (or images, fill), variants, rows and cols belong together, but for the patch's shape."""
-    base, patch, variants, rows, cols = tensors
-    try:
-        (images, _, _, _), (count, three) = base.shape, variants.shape
-        (row_count, row_width), (col_count, col_width) = rows.shape, cols.shape
-        return (
-            isinstance(base, Tensor)
-            and base.dtype in DTYPES
-            and base.dtype is patch.dtype
-            and variants.dtype is rows.dtype is cols.dtype is torch.int64
-            and three == 3
-            and row_width == col_width == width
-            and (count == 0 or (images > 0 and row_count > 0 and col_count > 0))
-            and (
-                (base.is_cpu and patch.is_cpu and variants.is_cpu and rows.is_cpu and cols.is_cpu)
-                or base.device == patch.device == variants.device == rows.device == cols.device
-            )
-        )
-    except (AttributeError, ValueError):  # no tensor, or one of another rank
-        return False
-
-
-def _check(base: Tensor, patch: Tensor, variants: Tensor, rows: Tensor, cols: Tensor, width: int) -> None:
-    if not _fit((base, patch, variants, rows, cols), width):
-        check_images("base", base)
-        check_images("patch", patch)
-        _same_kind("patch", patch, "base", base)
-        _check_tables("base", base, variants, rows, cols, width)
-    if patch.dim() != 4 or patch.shape[:2] != (variants.shape[0], base.shape[1]):
-        check_images("patch", patch)
-        raise ValueError(
-            f"patch must have {variants.shape[0]} variants of {base.shape[1]} channels, "
-            f"but it has the shape {tuple(patch.shape)}."
-        )
-
-
-def _bias(bias: Tensor | None, patch: Tensor) -> Tensor | None:
-    if bias is None or (
-        isinstance(bias, Tensor)
-        and bias.dtype is patch.dtype
-        and bias.device == patch.device
-        and bias.dim() == 1
-        and bias.shape[0] == patch.shape[1]
-    ):
-        return bias if bias is None or bias.is_contiguous() else bias.contiguous()
-    check_float("bias", bias)
-    _same_kind("bias", bias, "patch", patch)
-    raise ValueError(
-        f"bias must have the shape ({patch.shape[1]},), but it has the shape {tuple(bias.shape)}."
-    )
-
-
-def _check_bounds(low: float, high: float) -> None:
-    if not low <= high:
-        raise ValueError(f"high must be at least low, but low is {low} and high is {high}.")
-
-
-def _two(name: str, value: Sequence[int], least: int) -> Sequence[int]:
-    kind = type(value)
-    if (kind is tuple or kind is list or kind is torch.Size) and len(value) == 2:
-        first, second = value
-        if type(first) is int and type(second) is int and first >= least and second >= least:
-            return value
-    return pair(name, value, least)
-
-
-def _tables(variants: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if variants.is_contiguous() and rows.is_contiguous() and cols.is_contiguous():
-        return variants, rows, cols
-    return variants.contiguous(), rows.contiguous(), cols.contiguous()
 
 
 # ---------------------------------------------------------------------------------------- occluded images
@@ -175,11 +80,11 @@ def occlude(
 
     Zeiler & Fergus 2013, section 4.2.
     """
-    if not _fit((images, fill, variants, rows, cols), 3):
+    if not fit((images, fill, variants, rows, cols), 3):
         check_images("images", images)
         check_float("fill", fill)
-        _same_kind("fill", fill, "images", images)
-        _check_tables("images", images, variants, rows, cols, 3)
+        same_kind("fill", fill, "images", images)
+        check_tables("images", images, variants, rows, cols, 3)
     if fill.shape != images.shape:
         try:
             fill = fill.expand(images.shape)
@@ -188,7 +93,7 @@ def occlude(
                 f"fill must broadcast to the images' shape {tuple(images.shape)}, "
                 f"but it has the shape {tuple(fill.shape)}."
             ) from None
-    return occlude_op(images, fill, *_tables(variants, rows, cols), _two("size", size, 0))
+    return occlude_op(images, fill, *contiguous(variants, rows, cols), two_ints("size", size, 0))
 
 
 # --------------------------------------------------------------------------------- rectangles of base and patch
@@ -241,39 +146,11 @@ def gather_windows(
     Returns:
         ``(N, C, h, w)``.
     """
-    _check(base, patch, variants, rows, cols, 2)
-    bias = _bias(bias, patch)
-    _check_bounds(low, high)
-    tables = _tables(variants, rows, cols)
-    return gather_windows_op(base, patch, *tables, _two("size", size, 0), pad, bias, low, high)
-
-
-def _check_out(out: Tensor, patch: Tensor, channel: int, channels: int) -> None:
-    if not (
-        isinstance(out, Tensor)
-        and out.dtype is patch.dtype
-        and out.device == patch.device
-        and out.dim() == 4
-        and out.shape[0] == patch.shape[0]
-        and 0 <= channel <= out.shape[1] - patch.shape[1]
-        and out.shape[1] == channels
-        and 0 not in out.stride()
-    ):
-        check_images("out", out)
-        _same_kind("out", out, "patch", patch)
-        if 0 in out.stride() and out.numel() > 1:
-            raise ValueError(f"out must have memory for each element, but its strides are {out.stride()}.")
-        if out.shape[0] != patch.shape[0]:
-            raise ValueError(f"out must have {patch.shape[0]} variants, but it has {out.shape[0]}.")
-        if not 0 <= channel <= out.shape[1] - patch.shape[1]:
-            raise ValueError(
-                f"channel must leave room for {patch.shape[1]} channels in out's {out.shape[1]}, "
-                f"but it is {channel}."
-            )
-        if out.shape[1] != channels:
-            raise ValueError(f"out must have {channels} channels, but it has {out.shape[1]}.")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out must not require a gradient where it is changed in place: use torch.no_grad().")
+    check_sources(base, patch, variants, rows, cols, 2)
+    bias = checked_bias(bias, patch)
+    check_bounds(low, high)
+    tables = contiguous(variants, rows, cols)
+    return gather_windows_op(base, patch, *tables, two_ints("size", size, 0), pad, bias, low, high)
 
 
 def _change(op: Callable[..., None], out: Tensor, *arguments: Any) -> None:
@@ -304,11 +181,11 @@ def gather_windows_(
 
     How concatenated branches are read without a copy of each. ``out`` must not share memory with the sources.
     """
-    _check(base, patch, variants, rows, cols, 2)
-    _check_out(out, patch, channel, out.shape[1] if isinstance(out, Tensor) and out.dim() == 4 else 0)
-    bias = _bias(bias, patch)
-    _check_bounds(low, high)
-    tables = _tables(variants, rows, cols)
+    check_sources(base, patch, variants, rows, cols, 2)
+    check_out(out, patch, channel, out.shape[1] if isinstance(out, Tensor) and out.dim() == 4 else 0)
+    bias = checked_bias(bias, patch)
+    check_bounds(low, high)
+    tables = contiguous(variants, rows, cols)
     _change(gather_windows_inplace_op, out, base, patch, *tables, channel, pad, bias, low, high)
 
 
@@ -327,10 +204,10 @@ def add_windows_(
     What is added is what :func:`gather_windows` gives for these tables, with 0 outside the map. ``out`` must not
     share memory with the sources.
     """
-    _check(base, patch, variants, rows, cols, 2)
-    _check_out(out, patch, 0, patch.shape[1])
-    _check_bounds(low, high)
-    _change(add_windows_inplace_op, out, base, patch, *_tables(variants, rows, cols), low, high)
+    check_sources(base, patch, variants, rows, cols, 2)
+    check_out(out, patch, 0, patch.shape[1])
+    check_bounds(low, high)
+    _change(add_windows_inplace_op, out, base, patch, *contiguous(variants, rows, cols), low, high)
 
 
 # ------------------------------------------------------------------------------------------------ pooling
@@ -346,10 +223,6 @@ sum_windows_op = _define(
     f"({_SOURCES}, {_ACTIVATION}) -> Tensor",
     lambda base, patch, *_: patch.new_empty(patch.shape[:2]),
 )
-
-
-# A sweep asks for the same few poolings again and again.
-_geometry = functools.lru_cache(maxsize=256)(pool_geometry)
 
 
 def pool_windows(
@@ -380,19 +253,16 @@ def pool_windows(
         kernel_size, stride, padding, dilation: as in :func:`torch.nn.functional.max_pool2d`.
         average: the mean instead of the maximum (``dilation`` is 1 then), with ``count_include_pad`` and
             ``divisor_override`` as in :func:`torch.nn.functional.avg_pool2d`.
-        bias, low, high: applied to the patch first, see :func:`gather_windows`.
+        bias, low, high: applied to the patch first, see :func:`gather_windows`; the bias is finite.
 
     Returns:
         ``(N, C, h, w)``. NaN wins a maximum. A window without an element of the map gives -inf, or the mean 0.
     """
-    _check(base, patch, variants, rows, cols, 2)
-    bias = _bias(bias, patch)
-    _check_bounds(low, high)
-    try:
-        geometry = _geometry(kernel_size, stride, padding, dilation)
-    except TypeError:  # lists have no hash
-        geometry = pool_geometry(kernel_size, stride, padding, dilation)
-    if average and list(geometry[3]) != [1, 1]:
+    check_sources(base, patch, variants, rows, cols, 2)
+    bias = checked_bias(bias, patch)
+    check_bounds(low, high)
+    geometry = pool_geometry(kernel_size, stride, padding, dilation)
+    if average and geometry[3] != [1, 1]:
         raise ValueError(f"dilation must be 1 for an average, but it is {dilation!r}.")
     if divisor_override is not None and (not average or divisor_override == 0):
         raise ValueError(
@@ -401,8 +271,8 @@ def pool_windows(
     return pool_windows_op(
         base,
         patch,
-        *_tables(variants, rows, cols),
-        _two("size", size, 0),
+        *contiguous(variants, rows, cols),
+        two_ints("size", size, 0),
         *geometry,
         average,
         count_include_pad,
@@ -433,10 +303,10 @@ def sum_windows(
     Returns:
         ``(N, C)``: the sum over the patch's rectangle, as far as it lies in the map, of patch minus base.
     """
-    _check(base, patch, variants, rows, cols, 1)
-    bias = _bias(bias, patch)
-    _check_bounds(low, high)
-    return sum_windows_op(base, patch, *_tables(variants, rows, cols), bias, low, high)
+    check_sources(base, patch, variants, rows, cols, 1)
+    bias = checked_bias(bias, patch)
+    check_bounds(low, high)
+    return sum_windows_op(base, patch, *contiguous(variants, rows, cols), bias, low, high)
 
 
 # --------------------------------------------------------------------------------------------------- maps
@@ -465,7 +335,7 @@ def window_mean(scores: Tensor, size: Sequence[int], window: Pair, stride: Pair)
         raise ValueError(
             f"scores must have the shape (M, R, Q), but they have the shape {tuple(scores.shape)}."
         )
-    arguments = _two("size", size, 0), _two("window", window, 1), _two("stride", stride, 1)
+    arguments = two_ints("size", size, 0), two_ints("window", window, 1), two_ints("stride", stride, 1)
     return window_mean_op(scores if scores.is_contiguous() else scores.contiguous(), *arguments)
 
 

@@ -13,23 +13,8 @@ import cuda_on_host
 import numpy as np
 import pytest
 import torch
-from op_cases import (
-    ARRANGEMENTS,
-    BF16,
-    CONVS,
-    DTYPES,
-    F16,
-    F32,
-    F64,
-    POOLS,
-    RELU_BOUNDS,
-    RULES,
-    SIGNALS,
-    SPECIAL,
-    WIDEST,
-    dense_stride,
-    drawing,
-)
+from op_case import BF16, DTYPES, F16, F32, F64, SPECIAL, drawing
+from op_cases import ARRANGEMENTS, CONVS, POOLS, RELU_BOUNDS, RULES, SIGNALS, WIDEST, dense_stride
 from op_truth import (
     assert_same,
     conv_truth,

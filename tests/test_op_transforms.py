@@ -6,19 +6,8 @@ import math
 
 import pytest
 import torch
-from op_cases import (
-    ARRANGEMENTS,
-    CASES,
-    DTYPES,
-    F32,
-    F64,
-    OVERLOADS,
-    SPECIAL,
-    TIES,
-    TYPICAL,
-    drawing,
-    typical,
-)
+from op_case import DTYPES, F32, F64, SPECIAL, TIES, drawing
+from op_cases import ARRANGEMENTS, CASES, OVERLOADS, TYPICAL, typical
 from op_truth import Band, assert_all_same, assert_same
 from torch._dynamo.testing import CompileCounterWithBackend
 

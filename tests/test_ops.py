@@ -9,21 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from op_case import DTYPES, F32, SPECIAL, TIES, drawing
 from op_cases import (
     ARRANGEMENTS,
     BY_OP,
     CASES,
     DEVICES,
-    DTYPES,
-    F32,
     OVERLOADS,
     RULES,
     SERVED,
-    SPECIAL,
-    TIES,
     TYPICAL,
     dense_stride,
-    drawing,
     on,
     prepared,
     serving,
@@ -408,7 +404,18 @@ BIG = {
     ),
     "conv2d_input_grad": lambda x: (ops.conv2d_input_grad(x, x.new_full((1, 1, 1, 1), 2.0), x.shape[2:]),),
     "max_abs_channels": lambda x: (ops.max_abs_channels(x),),
+    "occlude": lambda x: (ops.occlude(x, x.new_ones(()), *_whole(x, 3), x.shape[2:]),),
+    "gather_windows": lambda x: (ops.gather_windows(x, x[:, :, :2, :3], *_whole(x, 2), x.shape[2:]),),
+    "pool_windows": lambda x: (
+        ops.pool_windows(x, x[:, :, :2, :3], *_whole(x, 2), [n - 1 for n in x.shape[2:]], 2, 1),
+    ),
 }
+
+
+def _whole(x, columns):
+    """One variant: the map as it is, but for an occluder or a patch of a few pixels behind its end."""
+    place = torch.tensor([[0, 2**17, 2**17 + 3][:columns]], device=x.device)
+    return torch.zeros(1, 3, dtype=torch.int64, device=x.device), place, place
 
 
 def _odd_switches(x):
@@ -426,5 +433,5 @@ def test_more_than_2_to_the_31_elements(op, device):
     expected = BIG[op](row.expand(1, 1, 4, width).contiguous())
     results = BIG[op](row.expand(1, 1, height, width).contiguous())
     for result, small in zip(results, expected, strict=True):
-        for y in (0, 1, 2**15, 2**16 - 1, 2**16, height - 1):
+        for y in (0, 1, 2**15, 2**16 - 1, 2**16, result.shape[-2] - 1):
             assert_same(result[..., y, :], small[..., y % 2, :].cpu())

@@ -10,20 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import (
-    ARRANGEMENTS,
-    DTYPES,
-    F32,
-    F64,
-    SPECIAL,
-    TIES,
-    drawing,
-    serving,
-    subjects,
-    window_tables,
-)
+from op_case import DTYPES, F32, F64, SPECIAL, TIES, drawing
+from op_cases import ARRANGEMENTS, BY_OP, serving, subjects
 from op_truth import assert_same, is_dense
 from test_ops import far_apart
+from window_cases import window_tables
 from window_truth import (
     add_truth,
     gather_into_truth,
@@ -53,6 +44,17 @@ each_subject = pytest.mark.parametrize("subject", subjects("gather_windows"))
 def test_info_lists_the_ops():
     assert set(NAMES) <= set(op_names()) == set(convviz_cuda.info()["ops"])
     assert all(callable(getattr(ops, name)) for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in BY_OP["gather_windows"] if "no-" not in case.label], ids=str
+)
+def test_the_rows_of_the_table_read_all_sources(case):
+    base, patch, *tables = case.inputs(drawing(F32))[:5]
+    values = gather_truth(base * 0 + 2, patch * 0 + 3, *tables, size=case.options["size"], pad=1.0)
+    if "1-pixel" not in case.label and "1-channel" not in case.label:
+        assert {3.0} < set(values.unique().tolist())
+    assert (values == 3).any()
 
 
 # ----------------------------------------------------------------------------------------- any geometry

@@ -6,7 +6,7 @@ import math
 
 import cuda_on_host
 import pytest
-from op_cases import F32, SPECIAL, WINDOW_CASES, drawing
+from op_case import F32, SPECIAL, drawing
 from op_truth import assert_same, two
 from test_cuda_on_host import (
     Guarded,
@@ -20,6 +20,7 @@ from test_cuda_on_host import (
     raw,
     twice,
 )
+from window_cases import WINDOW_CASES
 
 pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="there is no C++ compiler")
 

@@ -65,7 +65,7 @@ struct ChannelsLastLoop {
       }
       pooled.take(numbers);
     }
-    // A bias and bounds do not change which element is the largest: once for all taps will do.
+    // A finite bias and bounds do not change which element is the largest: once for all taps will do.
     if (!AVERAGE && list.patch > 0) args.activation.template apply<V, true>(c, V, pooled.total);
     for (int64_t i = TapList<T>::kMost; i-- > list.base;) {
       load_pack(list.taps[i] + c, values);
