@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from .progress import Progress
 if TYPE_CHECKING:
     from .sweep import OcclusionSweep
 
+COVERED = 0.88  # the part of a map from which on it is computed whole, for all groups together
 PATIENCE = 2.0  # seconds of work that an interruption may lose
 
 
@@ -118,8 +120,9 @@ class Incremental:
             fill = self.fill if self.fill.shape[0] == 1 else self.fill[begin : begin + plan.block]
             bases: dict[int, Tensor] | None = None
             sums: dict[int, Tensor] = {}
-            waiting: list[tuple[Tensor, Tensor, dict[int, Tensor]]] = []
-            held, since = 0, time.monotonic()
+            # What waits for each later stage: values, places, probes.
+            waiting: list[list[_Batch]] = [[] for _ in plan.stages]
+            since = time.monotonic()
             for group, program, most in plan.programs:
                 variants = _variants(len(images), group, mask, begin)
                 if len(variants) and bases is None:
@@ -129,32 +132,41 @@ class Incremental:
                 for now in variants.split(chunk) if len(variants) else ():
                     assert bases is not None
                     value, probes = program.run(images, fill, bases, sums, now.to(device))
-                    waiting.append((value, _global(group, now, begin), probes))
-                    held += len(now)
+                    waiting[0].append(_Batch(value, _global(group, now, begin), probes))
                     bar.advance(len(now))
-                    if held >= plan.tail_batch or time.monotonic() - since > PATIENCE:
-                        yield self._finish(network, plan, waiting)
-                        waiting, held, since = [], 0, time.monotonic()
-            if waiting:
-                yield self._finish(network, plan, waiting)
+                    late = time.monotonic() - since > PATIENCE
+                    yield from self._advance(network, plan, waiting, flush=late)
+                    since = time.monotonic() if late else since
+            yield from self._advance(network, plan, waiting, flush=True)
 
-    def _finish(
-        self, network: Network, plan: _Plan, waiting: list[tuple[Tensor, Tensor, dict[int, Tensor]]]
-    ) -> Part:
-        """The layers that see no map any more, for many chunks at once."""
-        device = self.images.device
-        value = torch.cat([value for value, _, _ in waiting])
-        values: dict[int, Any] = {plan.end: value}
-        for index in plan.tail:
-            layer = network.layers[index]
-            values[index] = layer.run([values[source] for source in layer.inputs])
-        scores = values[network.output]
-        place = torch.cat([place for _, place, _ in waiting]).to(device)
-        probes = {
-            name: torch.cat([probes[index] for _, _, probes in waiting])
-            for name, index in zip(plan.layers, plan.probes, strict=True)
-        }
-        return Part(place[:, 0], place[:, 1], place[:, 2], scores.view(len(value), -1), probes)
+    def _advance(
+        self, network: Network, plan: _Plan, waiting: list[list[_Batch]], flush: bool
+    ) -> Iterator[Part]:
+        """The stages for which enough windows wait, or all."""
+        for number, stage in enumerate(plan.stages):
+            while waiting[number] and (flush or sum(len(b.place) for b in waiting[number]) >= stage.batch):
+                batch = _joined(waiting[number])
+                now, rest = batch, None
+                if len(batch.place) > stage.batch:
+                    now, rest = _split(batch, stage.batch)
+                waiting[number] = [] if rest is None else [rest]
+                values: dict[int, Any] = {stage.source: now.value}
+                for index, gone in zip(stage.layers, stage.drops, strict=True):
+                    layer = network.layers[index]
+                    values[index] = layer.run([values[source] for source in layer.inputs])
+                    for source in gone:
+                        del values[source]
+                result = now._replace(value=values[stage.layers[-1] if stage.layers else stage.source])
+                if number + 1 < len(plan.stages):
+                    waiting[number + 1].append(result)
+                else:
+                    yield self._part(plan, result)
+
+    def _part(self, plan: _Plan, batch: _Batch) -> Part:
+        place = batch.place.to(self.images.device)
+        probes = {name: batch.probes[index] for name, index in zip(plan.layers, plan.probes, strict=True)}
+        scores = batch.value.view(len(place), -1)
+        return Part(place[:, 0], place[:, 1], place[:, 2], scores, probes)
 
     def explain(self) -> str:
         plan = self.plan
@@ -176,9 +188,12 @@ class Incremental:
                         else " (the rectangle covers most of it)"
                     )
                 lines.append(f"  {layer.name}: {layer.kind}, {note}{reason}")
-        for index in plan.tail:
-            layer = self.network.layers[index]
-            lines.append(f"  {layer.name}: {layer.kind}, once for {plan.tail_batch} windows")
+        for stage in plan.stages:
+            for index in stage.layers:
+                layer = self.network.layers[index]
+                lines.append(
+                    f"  {layer.name}: {layer.kind}, whole, {stage.batch} windows of all groups at once"
+                )
         return "\n".join(lines)
 
 
@@ -198,6 +213,40 @@ def _global(group: Group, variants: Tensor, begin: int) -> Tensor:
     return torch.stack([variants[:, 0] + begin, rows[variants[:, 1]], cols[variants[:, 2]]], 1)
 
 
+class _Batch(NamedTuple):
+    """Some variants between two stages: a layer's value, (n, 3) image, row and column, the probes' channel
+    sums."""
+
+    value: Tensor
+    place: Tensor
+    probes: dict[int, Tensor]
+
+
+def _joined(batches: Sequence[_Batch]) -> _Batch:
+    if len(batches) == 1:
+        return batches[0]
+    first = batches[0]
+    probes = {index: torch.cat([b.probes[index] for b in batches]) for index in first.probes}
+    return _Batch(torch.cat([b.value for b in batches]), torch.cat([b.place for b in batches]), probes)
+
+
+def _split(batch: _Batch, count: int) -> tuple[_Batch, _Batch]:
+    def part(where: slice) -> _Batch:
+        return _Batch(batch.value[where], batch.place[where], {i: p[where] for i, p in batch.probes.items()})
+
+    return part(slice(count)), part(slice(count, None))
+
+
+class _Stage(NamedTuple):
+    """Layers that see whole values only, for windows of all groups together; what each may forget."""
+
+    source: int
+    layers: list[int]
+    drops: list[list[int]]
+    batch: int
+    peak: int  # values a variant holds at the worst moment
+
+
 class _Plan:
     """The programs of a sweep's groups, and how many images and windows run together."""
 
@@ -206,12 +255,12 @@ class _Plan:
         itemsize = engine.images.element_size()
         self.layers = layers
         self.probes = [network.layer_index(name) for name in layers]
-        self.end, self.tail = _tail(network, self.probes)
         geometry = Geometry(network, rows, cols)
         groups, self.seconds, self.dense = geometry.grouping(max(1, engine.shape[0]), engine.costs, itemsize)
         tables: dict[Any, Tensor] = {}
+        cuts = _cuts(network, groups, self.probes)
         built = [
-            (group, Program(network, geometry, group, self.end, self.probes, engine.images.device, tables))
+            (group, Program(network, geometry, group, cuts[0], self.probes, engine.images.device, tables))
             for group in groups
         ]
         self.cached: set[int] = set().union(*(program.cached for _, program in built), self.probes) - {0}
@@ -219,8 +268,9 @@ class _Plan:
             self.cached.add(0)
         cache = sum(math.prod(network.layers[i].shape) for i in self.cached if i) * itemsize
         running = _peak_of_run(network) * itemsize
-        tail = max([math.prod(abs(n) for n in network.layers[i].shape) for i in (self.end, *self.tail)])
-        least = cache + max(running, max(program.peak for _, program in built) * itemsize)
+        stages = [_stage(network, a, b) for a, b in itertools.pairwise([*cuts, network.output])]
+        once = 2 * sum(stage.peak for stage in stages) + max(program.peak for _, program in built)
+        least = cache + max(running, once * itemsize)
         if least > engine.limit:
             raise ValueError(
                 f"memory_limit must be at least {least} bytes for one window of this model, but it is {engine.limit}."
@@ -230,27 +280,59 @@ class _Plan:
         left = engine.limit - self.block * cache
         self.programs = []
         for group, program in built:
-            by_memory = left * 3 // 4 // max(1, program.peak * itemsize)
+            by_memory = left // 2 // max(1, program.peak * itemsize)
             by_size = engine.costs.chunk // max(1, program.largest * itemsize)
             self.programs.append((group, program, int(max(1, min(by_memory, max(by_size, 4), 4096)))))
-        self.tail_batch = int(max(1, min(1024, left // 8 // max(1, tail * itemsize))))
+        # What waits for a stage is held beside what runs in it.
+        self.stages = []
+        for stage, share in zip(stages, (4, 4), strict=True):
+            by_memory = left // share // max(1, 2 * stage.peak * itemsize)
+            by_size = 4 * engine.costs.chunk // max(1, stage.peak * itemsize)
+            self.stages.append(stage._replace(batch=int(max(1, min(by_memory, max(by_size, 16), 1024)))))
 
 
-def _tail(network: Network, probes: Sequence[int]) -> tuple[int, list[int]]:
-    """The first value without positions on which all later layers depend alone, and those layers."""
+def _cuts(network: Network, groups: Sequence[Group], probes: Sequence[int]) -> tuple[int, int]:
+    """The first value that is whole in all groups and on which alone all later layers depend; the first such
+    without positions."""
     layers = network.layers
-    for index, layer in enumerate(layers[: network.output], start=0):
-        if layer.axes is not None or layer.kind == "size" or any(p > index for p in probes):
-            continue
-        later = range(index + 1, network.output + 1)
-        if all(
-            layers[i].kind in ("linear", "general", "pointwise")
-            and layers[i].axes is None
-            and all(source >= index for source in layers[i].inputs)
-            for i in later
-        ):
-            return index, list(later)
-    return network.output, []
+    earliest = [len(layers)] * (len(layers) + 1)  # the first layer that any layer from here on reads
+    for index in range(len(layers) - 1, 0, -1):
+        earliest[index] = min([earliest[index + 1], *layers[index].inputs])
+    number = [len(group.rows) * len(group.cols) for group in groups]
+
+    def covered(index: int) -> float:
+        """How much of a layer's map the groups compute, on the average over the windows."""
+        area = math.prod(layers[index].size) if layers[index].axes is not None else 1
+        parts = [1.0 if g.sizes[index] is None else math.prod(g.sizes[index] or ()) / area for g in groups]
+        return sum(n * part for n, part in zip(number, parts, strict=True)) / max(1, sum(number))
+
+    alone = [
+        index
+        for index, layer in enumerate(layers[: network.output])
+        if layer.kind != "size"
+        and earliest[index + 1] >= index
+        and covered(index) >= COVERED
+        and all(probe <= index for probe in probes)
+        and all(later.kind != "size" for later in layers[index + 1 :])
+    ]
+    first = alone[0] if alone else network.output
+    flat = [index for index in alone if all(layer.axes is None for layer in layers[index:])]
+    return first, flat[0] if flat else network.output
+
+
+def _stage(network: Network, source: int, end: int) -> _Stage:
+    layers = list(range(source + 1, end + 1))
+    last = {s: index for index in layers for s in network.layers[index].inputs}
+    drops = [
+        [s for s in dict.fromkeys(network.layers[i].inputs) if last[s] == i and s != end] for i in layers
+    ]
+    size = [math.prod(abs(n) for n in layer.shape) for layer in network.layers]
+    live = peak = size[source]
+    for index, gone in zip(layers, drops, strict=True):
+        live += size[index]
+        peak = max(peak, live)
+        live -= sum(size[s] for s in gone)
+    return _Stage(source, layers, drops, 1, peak)
 
 
 def _peak_of_run(network: Network) -> int:

@@ -132,7 +132,10 @@ class Geometry:
         sizes = np.array([layer.size if layer.axes is not None else (1, 1) for layer in self.network.layers])
         lengths = self.lengths
         count = lengths[0].shape[1] * lengths[1].shape[1] * images
-        steps = len(self.network.layers) * 1.5
+        # Each chunk calls every layer and reads all weights.
+        weights_of = [layer.weight for layer in self.network.layers if layer.kind == "convolution"]
+        stream = sum(w.numel() for w in weights_of if w is not None) * itemsize / (2 * model.bytes)
+        chunk = len(self.network.layers) * 1.5 * model.call + stream
         limits = np.array([_threshold(layer) for layer in self.network.layers])
         whole = np.array(self.whole)
         dense = weights.sum() * count + model.call * len(weights) * max(1.0, count / 16)
@@ -146,8 +149,7 @@ class Geometry:
                 part = np.where((part >= limits) | whole, 1.0, part)
                 number = np.array([len(p) for p in rows])[:, None] * np.array([len(p) for p in cols]) * images
                 work = float(((part * weights).sum(2) * number).sum())
-                calls = float(np.ceil(number / 16).sum()) * steps
-                total = work + calls * model.call
+                total = work + float(np.ceil(number / 16).sum()) * chunk
                 if best is None or total < best[0]:
                     best = total, rows, cols
         assert best is not None

@@ -64,6 +64,7 @@ class Program:
             self._emit(index)
             if index in probes:
                 self._emit_probe(index)
+        self._result = self._whole(end)
         self._finish()
 
     def _needed(self, probes: Sequence[int]) -> list[int]:
@@ -406,7 +407,7 @@ class Program:
             last[slot] = position
             for read in reads:
                 last[read] = position
-        last[self.end] = len(self._made)
+        last[self._result] = len(self._made)
         self.drops: list[list[int]] = [[] for _ in self._made]
         for slot, position in last.items():
             if position < len(self._made):
@@ -436,7 +437,7 @@ class Program:
             step(chunk)
             for slot in drops:
                 values[slot] = None
-        return values[self.end], chunk.probes
+        return values[self._result], chunk.probes
 
 
 def _as_maps(value: Tensor, axes: tuple[int, int] | None) -> Tensor:
