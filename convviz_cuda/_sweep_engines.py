@@ -3,6 +3,8 @@ model."""
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import itertools
 import math
 import time
@@ -48,6 +50,7 @@ class Incremental:
         self.classes, self.limit = sweep.classes, sweep.memory_limit
         self.costs = costs(self.images.device)
         self._sums: dict[str, Tensor] = {}
+        self._bases: dict[int, Tensor] | None = None
         self.network = self._network(())
         self.plan = self._plan(self.network, ())
         self.clean = self._clean()
@@ -86,11 +89,18 @@ class Incremental:
         return network.derived[key]
 
     def _clean(self) -> Tensor:
-        parts = []
-        for begin in range(0, len(self.images), self.plan.block):
-            scores = self.network.run(self.images[begin : begin + self.plan.block])[0]
-            parts.append(scores.view(len(scores), -1))
-        return torch.cat(parts)
+        if len(self.images) <= self.plan.block:
+            scores, self._bases = self.network.run(self.images, self.plan.cached)
+            return scores.view(len(scores), -1)
+        parts = [self.network.run(images)[0] for images in self.images.split(self.plan.block)]
+        return torch.cat([scores.view(len(scores), -1) for scores in parts])
+
+    def _clean_maps(self, network: Network, plan: _Plan, images: Tensor) -> dict[int, Tensor]:
+        """The activations of the clean images that the steps read; the first pass takes those of the clean scores."""
+        if network is self.network and self._bases is not None:
+            bases, self._bases = self._bases, None
+            return bases
+        return network.run(images, plan.cached)[1] if plan.cached else {}
 
     def channel_sums(self, layer: str) -> Tensor:
         """(B, C): the clean images' sums of each channel of a layer."""
@@ -123,40 +133,42 @@ class Incremental:
             # What waits for each later stage: values, places, probes.
             waiting: list[list[_Batch]] = [[] for _ in plan.stages]
             since = time.monotonic()
-            for group, program, most in plan.programs:
-                variants = _variants(len(images), group, mask, begin)
-                if len(variants) and bases is None:
-                    bases = network.run(images, plan.cached)[1] if plan.cached else {}
-                    sums = {index: bases[index].sum((2, 3)) for index in plan.probes}
-                chunk = -(-len(variants) // max(1, -(-len(variants) // most)))
-                for now in variants.split(chunk) if len(variants) else ():
-                    assert bases is not None
-                    value, probes = program.run(images, fill, bases, sums, now.to(device))
-                    waiting[0].append(_Batch(value, _global(group, now, begin), probes))
-                    bar.advance(len(now))
-                    late = time.monotonic() - since > PATIENCE
-                    yield from self._advance(network, plan, waiting, flush=late)
-                    since = time.monotonic() if late else since
-            yield from self._advance(network, plan, waiting, flush=True)
+            with _Workers(device, plan.workers) as workers:
+                for group, program, most in plan.programs:
+                    variants = _variants(len(images), group, mask, begin)
+                    if len(variants) and bases is None:
+                        bases = self._clean_maps(network, plan, images)
+                        sums = {index: bases[index].sum((2, 3)) for index in plan.probes}
+                    chunk = -(-len(variants) // max(1, -(-len(variants) // most)))
+                    for now in variants.split(chunk) if len(variants) else ():
+                        assert bases is not None
+                        workers.submit(_run, program, group, images, fill, bases, sums, now, begin)
+                        late = time.monotonic() - since > PATIENCE
+                        for batch in workers.done(wait_for_all=late):
+                            waiting[0].append(batch)
+                            bar.advance(len(batch.place))
+                        yield from self._advance(network, plan, waiting, workers, flush=late)
+                        since = time.monotonic() if late else since
+                for batch in workers.done(wait_for_all=True):
+                    waiting[0].append(batch)
+                    bar.advance(len(batch.place))
+                yield from self._advance(network, plan, waiting, workers, flush=True)
 
     def _advance(
-        self, network: Network, plan: _Plan, waiting: list[list[_Batch]], flush: bool
+        self, network: Network, plan: _Plan, waiting: list[list[_Batch]], workers: _Workers, flush: bool
     ) -> Iterator[Part]:
         """The stages for which enough windows wait, or all."""
         for number, stage in enumerate(plan.stages):
-            while waiting[number] and (flush or sum(len(b.place) for b in waiting[number]) >= stage.batch):
-                batch = _joined(waiting[number])
-                now, rest = batch, None
-                if len(batch.place) > stage.batch:
-                    now, rest = _split(batch, stage.batch)
-                waiting[number] = [] if rest is None else [rest]
-                values: dict[int, Any] = {stage.source: now.value}
+            if not flush and sum(len(b.place) for b in waiting[number]) < stage.batch:
+                continue
+            for batch in _batches(waiting[number], stage.batch, flush):
+                values: dict[int, Any] = {stage.source: batch.value}
                 for index, gone in zip(stage.layers, stage.drops, strict=True):
                     layer = network.layers[index]
                     values[index] = layer.run([values[source] for source in layer.inputs])
                     for source in gone:
                         del values[source]
-                result = now._replace(value=values[stage.layers[-1] if stage.layers else stage.source])
+                result = batch._replace(value=values[stage.layers[-1] if stage.layers else stage.source])
                 if number + 1 < len(plan.stages):
                     waiting[number + 1].append(result)
                 else:
@@ -222,19 +234,81 @@ class _Batch(NamedTuple):
     probes: dict[int, Tensor]
 
 
-def _joined(batches: Sequence[_Batch]) -> _Batch:
-    if len(batches) == 1:
-        return batches[0]
-    first = batches[0]
-    probes = {index: torch.cat([b.probes[index] for b in batches]) for index in first.probes}
-    return _Batch(torch.cat([b.value for b in batches]), torch.cat([b.place for b in batches]), probes)
+def _batches(waiting: list[_Batch], count: int, flush: bool) -> Iterator[_Batch]:
+    """Takes batches of ``count`` variants out of what waits, and with ``flush`` what is left."""
+    while waiting and (flush or sum(len(b.place) for b in waiting) >= count):
+        first = waiting[0]
+        probes = {index: torch.cat([b.probes[index] for b in waiting]) for index in first.probes}
+        joined = first
+        if len(waiting) > 1:
+            places = torch.cat([b.place for b in waiting])
+            joined = _Batch(torch.cat([b.value for b in waiting]), places, probes)
+        waiting[:] = [] if len(joined.place) <= count else [_sliced(joined, slice(count, None))]
+        yield _sliced(joined, slice(count))
 
 
-def _split(batch: _Batch, count: int) -> tuple[_Batch, _Batch]:
-    def part(where: slice) -> _Batch:
-        return _Batch(batch.value[where], batch.place[where], {i: p[where] for i, p in batch.probes.items()})
+def _sliced(batch: _Batch, where: slice) -> _Batch:
+    probes = {index: sums[where] for index, sums in batch.probes.items()}
+    return _Batch(batch.value[where], batch.place[where], probes)
 
-    return part(slice(count)), part(slice(count, None))
+
+def _run(
+    program: Program,
+    group: Group,
+    images: Tensor,
+    fill: Tensor,
+    bases: dict[int, Tensor],
+    sums: dict[int, Tensor],
+    variants: Tensor,
+    begin: int,
+) -> _Batch:
+    value, probes = program.run(images, fill, bases, sums, variants.to(images.device))
+    return _Batch(value, _global(group, variants, begin), probes)
+
+
+class _Workers:
+    """Chunks side by side: on the CPU one thread a core, each running its operations alone.
+
+    A chunk's operations are short. Shared by all cores each would wait for the slowest; so every core has a chunk of its
+    own. At most two chunks a worker wait or run, which bounds the memory; results come in the order of the calls.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._count = count if device.type == "cpu" else 1
+        self._waiting: collections.deque[Any] = collections.deque()
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> _Workers:
+        if self._count > 1:
+            self._threads = torch.get_num_threads()
+            self._pool = concurrent.futures.ThreadPoolExecutor(
+                self._count, "convviz-sweep", torch.set_num_threads, (1,)
+            )
+        return self
+
+    def submit(self, function: Callable[..., _Batch], *args: Any) -> None:
+        if self._pool is None:
+            self._waiting.append(function(*args))
+        else:
+            self._waiting.append(self._pool.submit(torch.no_grad()(function), *args))
+
+    def done(self, wait_for_all: bool) -> Iterator[_Batch]:
+        """Results in order: all of them, or as many as must be taken before more may be submitted."""
+        if self._pool is None:
+            while self._waiting:
+                yield self._waiting.popleft()
+            return
+        while self._waiting and (
+            wait_for_all or len(self._waiting) > 2 * self._count or self._waiting[0].done()
+        ):
+            yield self._waiting.popleft().result()
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            # A worker's setting is its own, except that threads which begin later would take it over.
+            torch.set_num_threads(self._threads)
+        self._waiting.clear()
 
 
 class _Stage(NamedTuple):
@@ -278,9 +352,13 @@ class _Plan:
         half = engine.limit // 2
         self.block = max(1, min(engine.shape[0], half // max(1, cache + running)))
         left = engine.limit - self.block * cache
+        # Two chunks a worker are under way, each as its value at least.
+        self.workers = threads = torch.get_num_threads() if engine.images.device.type == "cpu" else 1
+        most = left // 2 // max(1, 2 * max(program.peak for _, program in built) * itemsize)
+        self.workers = max(1, min(threads, most))
         self.programs = []
         for group, program in built:
-            by_memory = left // 2 // max(1, program.peak * itemsize)
+            by_memory = left // 2 // (2 * self.workers) // max(1, program.peak * itemsize)
             by_size = engine.costs.chunk // max(1, program.largest * itemsize)
             self.programs.append((group, program, int(max(1, min(by_memory, max(by_size, 4), 4096)))))
         # What waits for a stage is held beside what runs in it.

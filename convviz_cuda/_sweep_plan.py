@@ -41,7 +41,7 @@ def costs(device: torch.device) -> Costs:
     if device.type == "cuda":
         return Costs(3e13, 2e12, 8e-6, 1 << 28)
     threads = torch.get_num_threads()
-    return Costs(1.1e11 * threads, 4e9 * threads, 1.2e-5, 4 << 20)
+    return Costs(1.1e11 * threads, 4e9 * threads, 1.2e-5, 8 << 20)
 
 
 # Where a rectangle covers this part of a map, the whole map costs no more: nothing to gather, no borders to

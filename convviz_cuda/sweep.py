@@ -184,21 +184,23 @@ class OcclusionSweep:
         return engine
 
     def _incremental(self, reference: Tensor, dtype: torch.dtype | None) -> Incremental:
+        narrow = dtype is not None and dtype != self._original.dtype
         for again in (False, True):
             network = capture(self._model, self._original, again=again)
-            clean = self._as_scores(network.run(self._original)[0])
-            if rows_agree(clean, reference):
+            # What was captured must give the model's own scores; a forward of the clean images is needed anyway.
+            engine = None if narrow else Incremental(self, network)
+            clean = self._as_scores(network.run(self._original)[0]) if engine is None else engine.clean
+            if rows_agree(clean, reference if engine is None else self._select(reference)):
                 break
         else:
             raise CannotCapture(
                 "The captured layers do not give the model's own scores (does it change from call to call?)."
             )
-        if dtype is not None and dtype != self._original.dtype:
+        if engine is None:
             if ("dtype", dtype) not in network.derived:
-                narrow = copy.deepcopy(self._model).to(dtype)
-                network.derived["dtype", dtype] = capture(narrow, self._images)
-            network = network.derived["dtype", dtype]
-        return Incremental(self, network)
+                network.derived["dtype", dtype] = capture(copy.deepcopy(self._model).to(dtype), self._images)
+            engine = Incremental(self, network.derived["dtype", dtype])
+        return engine
 
     def _rows_independent(self, reference: Tensor) -> bool:
         """Whether images may be evaluated together with others: quite different neighbours change nothing."""
