@@ -112,8 +112,9 @@ class Layer:
         assert self.function is not None
         return clamp_(self.function(*values), self.activation)
 
-    def convolve(self, x: Tensor, padding: Sequence[int]) -> Tensor:
-        """The convolution with its bias and activation, over an input that lacks only ``padding``."""
+    def convolve(self, x: Tensor, padding: Sequence[int], finish: bool = True) -> Tensor:
+        """The convolution over an input that lacks only ``padding``; with its bias and activation, unless
+        not ``finish``."""
         assert self.windows is not None and self.weight is not None
         stride = [axis.stride for axis in self.windows]
         dilation = [axis.dilation for axis in self.windows]
@@ -130,12 +131,15 @@ class Layer:
             if self.is_linear and padding[0] == padding[1] == 0:
                 # Pixels are the rows of a matrix; oneDNN's 1x1 convolutions are slow for some sizes.
                 pixels = x.permute(0, 2, 3, 1)
-                return onednn._linear_pointwise(pixels, self.packed, self.bias, name, scalars, "").permute(0, 3, 1, 2)
+                return onednn._linear_pointwise(pixels, self.packed, self.bias, name, scalars, "").permute(
+                    0, 3, 1, 2
+                )
             return onednn._convolution_pointwise(
                 x, self.packed, self.bias, padding, stride, dilation, self.groups, name, scalars, ""
             )
-        out = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, self.groups)
-        return clamp_(out, self.activation)
+        bias, activation = (self.bias, self.activation) if finish else (None, None)
+        out = F.conv2d(x, self.weight, bias, stride, padding, dilation, self.groups)
+        return clamp_(out, activation)
 
     @property
     def is_linear(self) -> bool:
@@ -163,13 +167,17 @@ class Layer:
             self.tiles = winograd_weight(weight)
             return
         try:  # Ops of Inductor's: where they are missing or have changed, the plain convolution serves.
-            self.packed = weight.flatten(1).contiguous() if self.is_linear else torch._C._nn.mkldnn_reorder_conv2d_weight(
-                weight.to_mkldnn(),
-                [0, 0],
-                [axis.stride for axis in self.windows],
-                [axis.dilation for axis in self.windows],
-                self.groups,
-                [4, weight.shape[1] * self.groups, *(axis.extent(8) for axis in self.windows)],
+            self.packed = (
+                weight.flatten(1).contiguous()
+                if self.is_linear
+                else torch._C._nn.mkldnn_reorder_conv2d_weight(
+                    weight.to_mkldnn(),
+                    [0, 0],
+                    [axis.stride for axis in self.windows],
+                    [axis.dilation for axis in self.windows],
+                    self.groups,
+                    [4, weight.shape[1] * self.groups, *(axis.extent(8) for axis in self.windows)],
+                )
             )
             probe = torch.zeros(1, weight.shape[1] * self.groups, *(axis.reach for axis in self.windows))
             self.convolve(probe.contiguous(memory_format=torch.channels_last), [0, 0])

@@ -96,7 +96,8 @@ class Incremental:
         return torch.cat([scores.view(len(scores), -1) for scores in parts])
 
     def _clean_maps(self, network: Network, plan: _Plan, images: Tensor) -> dict[int, Tensor]:
-        """The activations of the clean images that the steps read; the first pass takes those of the clean scores."""
+        """The activations of the clean images that the steps read; the first pass takes those of the clean
+        scores."""
         if network is self.network and self._bases is not None:
             bases, self._bases = self._bases, None
             return bases
@@ -130,6 +131,7 @@ class Incremental:
             fill = self.fill if self.fill.shape[0] == 1 else self.fill[begin : begin + plan.block]
             bases: dict[int, Tensor] | None = None
             sums: dict[int, Tensor] = {}
+            finite = True
             # What waits for each later stage: values, places, probes.
             waiting: list[list[_Batch]] = [[] for _ in plan.stages]
             since = time.monotonic()
@@ -139,10 +141,12 @@ class Incremental:
                     if len(variants) and bases is None:
                         bases = self._clean_maps(network, plan, images)
                         sums = {index: bases[index].sum((2, 3)) for index in plan.probes}
+                        means = [bases[i] for i in plan.cached if network.layers[i].kind == "mean"]
+                        finite = all(bool(v.isfinite().all()) for v in (*means, *sums.values()))
                     chunk = -(-len(variants) // max(1, -(-len(variants) // most)))
                     for now in variants.split(chunk) if len(variants) else ():
                         assert bases is not None
-                        workers.submit(_run, program, group, images, fill, bases, sums, now, begin)
+                        workers.submit(_run, program, group, images, fill, bases, sums, finite, now, begin)
                         late = time.monotonic() - since > PATIENCE
                         for batch in workers.done(wait_for_all=late):
                             waiting[0].append(batch)
@@ -259,18 +263,20 @@ def _run(
     fill: Tensor,
     bases: dict[int, Tensor],
     sums: dict[int, Tensor],
+    finite: bool,
     variants: Tensor,
     begin: int,
 ) -> _Batch:
-    value, probes = program.run(images, fill, bases, sums, variants.to(images.device))
+    value, probes = program.run(images, fill, bases, sums, finite, variants.to(images.device))
     return _Batch(value, _global(group, variants, begin), probes)
 
 
 class _Workers:
     """Chunks side by side: on the CPU one thread a core, each running its operations alone.
 
-    A chunk's operations are short. Shared by all cores each would wait for the slowest; so every core has a chunk of its
-    own. At most two chunks a worker wait or run, which bounds the memory; results come in the order of the calls.
+    A chunk's operations are short. Shared by all cores each would wait for the slowest; so every core has a
+    chunk of its own. At most two chunks a worker wait or run, which bounds the memory; results come in the
+    order of the calls.
     """
 
     def __init__(self, device: torch.device, count: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import window_ops as ops
+from ._layers import clamp_
 from ._sweep_plan import Geometry, Group
 from .network import Network
 
@@ -26,10 +27,12 @@ class Chunk:
     variants: Tensor  # (n, 3): image, row and column *of the group*
     values: list[Any]
     sums: dict[int, Tensor]  # of the probed layers' clean maps, (images, channels)
+    finite: bool  # all clean averages and sums are
     probes: dict[int, Tensor] = field(default_factory=dict)
 
 
 Step = Callable[[Chunk], None]
+UNBOUNDED = (-math.inf, math.inf)
 
 
 class Program:
@@ -56,7 +59,10 @@ class Program:
             int, int
         ] = {}  # layer -> slot of its value on the whole map, where it was made for a reader
         self._drawn = False
+        # Bias and bounds that a convolution left for the reader of its rectangle to apply.
+        self._pending: dict[int, tuple[Tensor | None, float, float]] = {}
         self._slots = len(network.layers)
+        self._counts: dict[int, int] = {}
         self._made: list[tuple[int, int, list[int]]] = []  # (slot, values per variant, slots read)
         needed = self._needed(probes)
         self._sole = network.readers()
@@ -92,6 +98,7 @@ class Program:
         return self._zeros(axis) if starts is None else starts
 
     def _add(self, slot: int, count: int, reads: Sequence[int], step: Step) -> None:
+        self._counts[slot] = count
         self.steps.append(step)
         self._made.append((slot, count, list(reads)))
 
@@ -107,6 +114,25 @@ class Program:
             self._drawn = True
             self._occlude(0, [self._starts(0, 0), self._starts(0, 1)], size)
         return source
+
+    def _read_slot(self, source: int) -> int:
+        """The slot of a layer's finished rectangle, for whoever reads it as it is."""
+        slot = self._patch_slot(source)
+        if source in self._pending:
+            bias, low, high = self._pending.pop(source)
+
+            def step(chunk: Chunk) -> None:
+                value = chunk.values[slot]
+                if bias is not None:
+                    value.add_(bias.view(-1, 1, 1))
+                clamp_(value, None if (low, high) == UNBOUNDED else (low, high))
+
+            self._add(slot, self._counts[slot], [slot], step)
+        return slot
+
+    def _unfinished(self, source: int) -> tuple[Tensor | None, float, float]:
+        """What a kernel has to do to a layer's rectangle as it reads it: add a bias, apply bounds."""
+        return self._pending.get(source, (None, *UNBOUNDED))
 
     def _occlude(self, slot: int, origins: Sequence[np.ndarray], size: tuple[int, int]) -> None:
         intervals = [self.geometry.intervals[0][0], self.geometry.intervals[1][0]]
@@ -130,7 +156,7 @@ class Program:
         layer = self.network.layers[source]
         own = self.group.sizes[source]
         if own == size and all(np.array_equal(self._starts(source, a), origins[a]) for a in (0, 1)):
-            return self._patch_slot(source)
+            return self._read_slot(source)
         slot = self._new_slot()
         if source == 0 and pad == 0.0:
             self._occlude(slot, origins, size)
@@ -142,11 +168,21 @@ class Program:
         shape, axes = layer.shape, layer.axes
         count = layer.channels * math.prod(size)
         assert axes is not None
+        bias, low, high = self._unfinished(source)
         if axes == (2, 3) and len(shape) == 3:
 
             def step(chunk: Chunk) -> None:
                 chunk.values[slot] = ops.gather_windows(
-                    chunk.bases[source], chunk.values[patch], chunk.variants, rows, cols, size, pad
+                    chunk.bases[source],
+                    chunk.values[patch],
+                    chunk.variants,
+                    rows,
+                    cols,
+                    size,
+                    pad,
+                    bias,
+                    low,
+                    high,
                 )
         else:
 
@@ -257,9 +293,17 @@ class Program:
         origins = [layer.windows[a].origin(self._starts(index, a)) for a in (0, 1)]
         extent = (layer.windows[0].extent(size[0]), layer.windows[1].extent(size[1]))
         slot = self._region(layer.inputs[0], origins, extent)
+        raw = (
+            layer.packed is None
+            and layer.tiles is None
+            and (layer.bias is not None or layer.activation is not None)
+        )
+        if raw:
+            # The library's convolution would need passes of its own for them.
+            self._pending[index] = (layer.bias, *(layer.activation or UNBOUNDED))
 
         def step(chunk: Chunk) -> None:
-            chunk.values[index] = layer.convolve(chunk.values[slot], (0, 0))
+            chunk.values[index] = layer.convolve(chunk.values[slot], (0, 0), finish=not raw)
 
         self._add(index, layer.shape[0] * math.prod(size), [slot], step)
 
@@ -278,10 +322,12 @@ class Program:
             layer.kwargs[name] for name in ("average", "count_include_pad", "divisor_override")
         )
 
+        bias, low, high = self._unfinished(source)
+
         def step(chunk: Chunk) -> None:
             chunk.values[index] = ops.pool_windows(
                 chunk.bases[source], chunk.values[patch], chunk.variants, rows, cols, size,
-                kernel, stride, padding, dilation, average, include, divisor,
+                kernel, stride, padding, dilation, average, include, divisor, bias, low, high,
             )  # fmt: skip
 
         self._add(index, layer.shape[0] * math.prod(size), [patch], step)
@@ -306,10 +352,10 @@ class Program:
         if not (same(first) and self._may_overwrite(first, first)) and same(second):
             first, second = second, first
         slot = self._region(first, origins, size)
-        patch = self._patch_slot(second)
+        patch = self._read_slot(second)
         self.cached.add(second)
         rows, cols = (self._table(a, [origins[a], self._starts(second, a)]) for a in (0, 1))
-        low, high = layer.activation or (-math.inf, math.inf)
+        low, high = layer.activation or UNBOUNDED
         own = self._may_overwrite(first, slot)
 
         def step(chunk: Chunk) -> None:
@@ -330,20 +376,20 @@ class Program:
             for s in layer.inputs
         ):
             self._emit_call(
-                index, [self._patch_slot(s) for s in layer.inputs], layer.channels * math.prod(size)
+                index, [self._read_slot(s) for s in layer.inputs], layer.channels * math.prod(size)
             )
             return
-        parts: list[tuple[int, int, Tensor | None, Tensor | None, int]] = []
+        parts: list[tuple[int, int, Tensor | None, Tensor | None, int, Any]] = []
         channel = 0
         for source in layer.inputs:
             channels = self.network.layers[source].shape[0]
             if self.group.sizes[source] is None:
-                parts.append((source, source, None, None, channel))
+                parts.append((source, source, None, None, channel, ()))
             else:
                 patch = self._patch_slot(source)
                 self.cached.add(source)
                 rows, cols = (self._table(a, [origins[a], self._starts(source, a)]) for a in (0, 1))
-                parts.append((source, patch, rows, cols, channel))
+                parts.append((source, patch, rows, cols, channel, self._unfinished(source)))
             channel += channels
         channels = channel
 
@@ -353,12 +399,15 @@ class Program:
                 (chunk.variants.shape[0], channels, *size), dtype=like.dtype, device=like.device,
                 memory_format=torch.channels_last,
             )  # fmt: skip
-            for source, patch, rows, cols, channel in parts:
+            for source, patch, rows, cols, channel, unfinished in parts:
                 value = chunk.values[patch]
                 if rows is None or cols is None:
                     out[:, channel : channel + value.shape[1]] = value
                 else:
-                    ops.gather_windows_(out, chunk.bases[source], value, chunk.variants, rows, cols, channel)
+                    base = chunk.bases[source]
+                    ops.gather_windows_(
+                        out, base, value, chunk.variants, rows, cols, channel, 0.0, *unfinished
+                    )
             chunk.values[index] = out
 
         self._add(index, channels * math.prod(size), [part[1] for part in parts], step)
@@ -370,10 +419,20 @@ class Program:
         self.cached |= {source, index}
         rows, cols = (self._table(a, [self._starts(source, a)]) for a in (0, 1))
         area = math.prod(self.network.layers[source].size)
+        bias, low, high = self._unfinished(source)
+        origin = [self._table(a, [self._zeros(a), self._starts(source, a)]) for a in (0, 1)]
+        size = self.network.layers[source].size
 
         def step(chunk: Chunk) -> None:
+            if not chunk.finite:  # an occluder may hide the only NaN, but a difference would keep it
+                base, value = chunk.bases[source], chunk.values[patch]
+                whole = ops.gather_windows(base, value, chunk.variants, *origin, size, 0.0, bias, low, high)
+                chunk.values[index] = layer.run([whole])
+                return
             clean = chunk.bases[index].flatten(1).index_select(0, chunk.variants[:, 0])
-            delta = ops.sum_windows(chunk.bases[source], chunk.values[patch], chunk.variants, rows, cols)
+            delta = ops.sum_windows(
+                chunk.bases[source], chunk.values[patch], chunk.variants, rows, cols, bias, low, high
+            )
             chunk.values[index] = clean.add_(delta, alpha=1 / area).view(-1, *layer.shape)
 
         self._add(index, math.prod(layer.shape), [patch], step)
@@ -389,11 +448,19 @@ class Program:
         else:
             self.cached.add(index)
             rows, cols = (self._table(a, [self._starts(index, a)]) for a in (0, 1))
+            bias, low, high = self._unfinished(index)
+            origin = [self._table(a, [self._zeros(a), self._starts(index, a)]) for a in (0, 1)]
 
             def step(chunk: Chunk) -> None:
                 base = _as_maps(chunk.bases[index], layer.axes)
                 patch = _as_maps(chunk.values[index], layer.axes)
-                delta = ops.sum_windows(base, patch, chunk.variants, rows, cols)
+                if not chunk.finite:
+                    whole = ops.gather_windows(
+                        base, patch, chunk.variants, *origin, layer.size, 0.0, bias, low, high
+                    )
+                    chunk.probes[index] = whole.sum((2, 3))
+                    return
+                delta = ops.sum_windows(base, patch, chunk.variants, rows, cols, bias, low, high)
                 chunk.probes[index] = chunk.sums[index].index_select(0, chunk.variants[:, 0]) + delta
 
         self._add(self._new_slot(), layer.channels, [index], step)
@@ -428,11 +495,12 @@ class Program:
         fill: Tensor,
         bases: dict[int, Tensor],
         sums: dict[int, Tensor],
+        finite: bool,
         variants: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The value of the layer ``end`` for (n, 3) variants, and the probes' channel sums."""
         values: list[Any] = [None] * self._slots
-        chunk = Chunk(images, fill, bases, variants, values, sums)
+        chunk = Chunk(images, fill, bases, variants, values, sums, finite)
         for step, drops in zip(self.steps, self.drops, strict=True):
             step(chunk)
             for slot in drops:

@@ -45,6 +45,7 @@ from .window_ops import (
     sum_windows,
     window_mean,
 )
+from .winograd import winograd_conv2d, winograd_input, winograd_output, winograd_weight
 
 __all__ = [
     "FEW_CHANNELS",
@@ -63,6 +64,10 @@ __all__ = [
     "sum_windows",
     "switch_unpool2d",
     "window_mean",
+    "winograd_conv2d",
+    "winograd_input",
+    "winograd_output",
+    "winograd_weight",
 ]
 
 Rule = Literal["identity", "gradient", "deconvnet", "guided"]

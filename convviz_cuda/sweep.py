@@ -362,7 +362,7 @@ class OcclusionSweep:
             if stored is not None and not layers:
                 self._from_stored(missing, stored)
             else:
-                if stored is None and bytes_of_scores <= self.memory_limit // 8:
+                if stored is None and bytes_of_scores <= self.memory_limit // 64:
                     missing.setdefault("scores", _Reduction(lambda p: p.scores))
                 self._run(missing, layers)
         return [self._results[name] for name in wanted]

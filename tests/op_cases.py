@@ -25,9 +25,10 @@ from op_truth import (
 )
 from torch import Tensor
 from window_cases import WINDOW_CASES
+from winograd_cases import WINOGRAD_CASES
 
 import convviz_cuda
-from convviz_cuda import ops, reference, window_ops, window_reference
+from convviz_cuda import ops, reference, window_ops, window_reference, winograd
 from convviz_cuda._register import op_names
 
 RULES = ("gradient", "identity", "deconvnet", "guided")
@@ -227,6 +228,7 @@ CASES: list[Case] = [
         for shape in [(2, 3, 4, 5), (1, 1, 3, 3), (2, 37, 2, 3), (3, 4, 1, 70), (0, 3, 2, 2), (2, 3, 0, 4)]
     ),
     *WINDOW_CASES,
+    *WINOGRAD_CASES,
 ]
 
 
@@ -237,11 +239,11 @@ SERVED = convviz_cuda.info()["ops"]
 # The module and the attribute in it by which the public functions call each op.
 OVERLOADS = {
     value.name().removeprefix("convviz::"): (module, name)
-    for module in (ops, window_ops)
+    for module in (ops, window_ops, winograd)
     for name, value in vars(module).items()
     if isinstance(value, torch._ops.OpOverload) and value.namespace == "convviz"
 }
-REFERENCES = {ops: reference, window_ops: window_reference}
+REFERENCES = {ops: vars(reference), window_ops: vars(window_reference), winograd: winograd.REFERENCES}
 BY_OP = {name: [case for case in CASES if case.op == name] for name in op_names()}
 # The first row of each op is a full one (overlapping windows, padding, tails, K > 1), for the slower tests.
 TYPICAL = [cases[0] for cases in BY_OP.values() if cases]
@@ -259,7 +261,7 @@ def serving(subject: str):
     with pytest.MonkeyPatch.context() as patch:
         if subject == "reference":
             for name, (module, attribute) in OVERLOADS.items():
-                patch.setattr(module, attribute, getattr(REFERENCES[module], name))
+                patch.setattr(module, attribute, REFERENCES[module][name])
         yield "cpu" if subject == "reference" else subject
 
 

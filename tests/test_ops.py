@@ -218,6 +218,10 @@ LARGE = {
     "pool_windows": lambda x: ops.pool_windows(*_sources(x), *_tables(x, 2), (9, 11), 3, 2, 1, low=0.0),
     "sum_windows": lambda x: ops.sum_windows(*_sources(x), *_tables(x, 1), low=0.0),
     "window_mean": lambda x: ops.window_mean(x.flatten(0, 1).contiguous(), (47, 61), 5, 2),
+    "winograd_input": lambda x: ops.winograd_input(x, 1),
+    "winograd_output": lambda x: ops.winograd_output(
+        x.reshape(-1, 16, 66)[:330], (2, 21, 30), x[0, :66, 0, 0], 0.0
+    ),
 }
 
 

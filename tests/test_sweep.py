@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,7 +121,13 @@ blocks = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+# Not shrunk: each example captures a network, and one that fails is small enough to read.
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 @given(
     specs=st.lists(blocks, min_size=1, max_size=5),
     size=st.tuples(st.integers(9, 29), st.integers(9, 29)),
@@ -450,6 +456,24 @@ def test_functions_hooks_training_and_autocast():
         assert "autocast" in occlusion_sweep(net, x, 8, 8).explain()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_convolutions(dtype):
+    """Wide enough for Winograd's way in float32; single precision is as near to the truth as brute force is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 128, 3, 2, 1), nn.ReLU(), nn.Conv2d(128, 160, 3, padding=1), nn.ReLU6(), nn.MaxPool2d(2),
+        nn.Conv2d(160, 128, 3, padding=(0, 2)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 7),
+    ).eval()  # fmt: skip
+    x = images(2, 3, 45, 38, torch.float64)
+    truth = brute_force(model.double(), x, 9, 7)
+    model, x = model.to(dtype), x.to(dtype)
+    found = occlusion_sweep(model, x, 9, 7).scores().double()
+    close(found, truth, 1e-10 if dtype == torch.float64 else 1e-5)
+    if dtype == torch.float32:
+        direct = (brute_force(model, x, 9, 7).double() - truth).abs().max()
+        assert (found - truth).abs().max() <= 8 * direct
+
+
 def test_a_changed_model_is_noticed():
     net, x = small_net(), images(1)
     occlusion_sweep(net, x, 8, 8).scores()
@@ -460,10 +484,18 @@ def test_a_changed_model_is_noticed():
     close(occlusion_sweep(net, x, 8, 8).scores(), brute_force(net, x, 8, 8))
 
 
-def test_nan_and_inf_stay_where_they_reach():
-    net, x = small_net(), images(2)
+@pytest.mark.parametrize("layers", [9, 6])
+def test_nan_and_inf_stay_where_they_reach(layers):
+    """Also where the global average is updated by a difference: a hidden NaN is gone."""
+    net, x = small_net(), images(2, 3, 48, 48)
+    net = nn.Sequential(*net[:4], *net[6:]) if layers == 6 else net
     x[0, 1, 3, 3], x[1, 0, 20, 20] = float("nan"), float("inf")
-    found, truth = occlusion_sweep(net, x, 8, 8).scores(), brute_force(net, x, 8, 8)
+    sweep = occlusion_sweep(net, x, 8, 8)
+    found, truth = sweep.scores(), brute_force(net, x, 8, 8)
+    activation = sweep.activation_map("2", 1)
+    sums = brute_force(lambda y: net[:3](y).sum((2, 3)), x, 8, 8)[..., 1]
+    torch.testing.assert_close(activation, sums, equal_nan=True)
+    assert not sums.isnan().all()
     assert torch.equal(found.isnan(), truth.isnan()) and truth.isnan().any() and not truth.isnan().all()
     torch.testing.assert_close(found, truth, equal_nan=True)
 

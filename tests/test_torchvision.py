@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from convviz_cuda import attr, backward_rule
+from convviz_cuda.sweep import occlusion_sweep
 
 pytestmark = pytest.mark.torchvision
 models = pytest.importorskip(
@@ -79,3 +80,86 @@ def test_all_functional_relus_of_inception_are_seen():
         model(torch.randn(1, 3, 75, 75, dtype=torch.float64).requires_grad_())
     # 94 convolutions, each with a functional ReLU; training adds the auxiliary head's.
     assert session.rectifiers == 94
+
+
+# The occlusion sweep ----------------------------------------------------------------
+
+SWEPT = (
+    "alexnet",
+    "vgg11",
+    "vgg16",
+    "resnet18",
+    "resnet50",
+    "squeezenet1_0",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "efficientnet_b0",
+    "convnext_tiny",
+)
+
+
+def lively(name: str, images: torch.Tensor) -> torch.nn.Module:
+    """Random weights and batch-norm statistics under which the scores depend on the images.
+
+    As initialised, many networks damp their input until single precision sees the biases only, and a sweep that
+    forgot to occlude would pass.
+    """
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    model = getattr(models, name)(weights=None, num_classes=10, **options).eval()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_scale", None), torch.nn.Parameter):  # ConvNeXt: 1e-6 at first
+            torch.nn.init.uniform_(module.layer_scale, 0.2, 0.5)
+    for norm in norms:
+        torch.nn.init.uniform_(norm.weight, 0.7, 1.3)
+        torch.nn.init.normal_(norm.bias, 0, 0.2)
+        norm.train().momentum = 1.0
+    if norms:
+        with torch.no_grad():
+            model(images)
+    for norm in norms:
+        norm.eval()
+        norm.running_mean += 0.2 * torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
+        norm.running_var *= 0.7 + 0.6 * torch.rand_like(norm.running_var)
+    return model
+
+
+def check_sweep(model: torch.nn.Module, images: torch.Tensor, window: tuple, stride: tuple) -> str:
+    """The sweep against the model itself on masked images; returns ``explain()``."""
+    sweep = occlusion_sweep(model, images, window, stride)
+    found = sweep.scores()
+    (rows, cols), masked = (spans.tolist() for spans in sweep.spans), []
+    for top, bottom in rows:
+        for left, right in cols:
+            masked.append(images.clone())
+            masked[-1][:, :, top:bottom, left:right] = 0
+    # All borders, the cut-off windows at the far ones included.
+    assert [rows[0][0], rows[-1][1], cols[0][0], cols[-1][1]] == [0, images.shape[2], 0, images.shape[3]]
+    with torch.no_grad():
+        expected = torch.stack([model(each) for each in masked], 1).view(found.shape)
+        clean = model(images)[:, None, None]
+    spread = expected.max() - expected.min()
+    assert (expected - clean).abs().amax(-1).min() > 1e-3 * spread  # every window matters
+    assert (expected - clean).abs().max() > 2e-2 * spread
+    assert (found - expected).abs().max() <= 1e-4 * spread
+    return sweep.explain()
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_occlusion_sweep_is_brute_force(name):
+    size = (139, 150) if name == "inception_v3" else (97, 110)
+    images = 4 * torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    stride = tuple((side - 10) // 2 for side in size)  # 3 x 3 windows, the last ones cut off
+    assert check_sweep(lively(name, images), images, (26, 33), stride).startswith("Incremental")
+
+
+def test_occlusion_sweep_of_a_transformer_is_brute_force():
+    torch.manual_seed(0)
+    model = models.VisionTransformer(64, 16, 2, 4, 32, 64, num_classes=10).eval()
+    torch.nn.init.normal_(model.heads[-1].weight)  # zeros at first
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    why = check_sweep(model, images, (26, 33), (27, 27))
+    assert why.startswith("Brute force") and "64 a forward" in why.splitlines()[0]

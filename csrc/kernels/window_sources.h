@@ -106,7 +106,9 @@ struct Activation {
   bool plain;  // nothing is done
 
   static CONVVIZ_HD A clamp(A value, A low, A high) {
-    return value <= low ? low : value >= high ? high : value;
+    // One choice after the other: a comparison that is made only after another one stays a branch.
+    value = value <= low ? low : value;
+    return value >= high ? high : value;
   }
 
   // V elements of the channels from c on. PACKED: all V exist, and their bias lies where a pack may be read.
