@@ -281,9 +281,28 @@ def mean_map(make: Make, shape: tuple[int, ...]) -> Sides:
     return Sides(lambda: ops.window_mean(scores, shape[2:], 32, 8), replaced, moved)
 
 
+def winograd(results: int) -> Callable[[Make, tuple[int, ...]], Sides]:
+    """A 3x3 convolution with its bias and ReLU; the weight is brought to Winograd's domain once, beforehand."""
+
+    def prepare(make: Make, shape: tuple[int, ...]) -> Sides:
+        x, bias = make(shape), make((results, 1, 1, 1)).flatten()
+        weight = make((results, shape[1], 3, 3)) / (9 * shape[1]) ** 0.5
+        tiles = ops.winograd_weight(weight)
+        out = shape[0] * results * shape[2] * shape[3] * x.element_size()
+        return Sides(
+            lambda: ops.winograd_conv2d(x, tiles, bias, 1, 0.0),
+            lambda: F.conv2d(x, weight, bias, padding=1).relu_(),
+            _size(x, tiles) + out,
+        )
+
+    return prepare
+
+
 IMAGES = (8, 3, 224, 224)
 # Changed rectangles of 16 variants, as SqueezeNet and ResNet have them.
 RECTANGLES = ((16, 64, 40, 40), (16, 128, 28, 28), (16, 256, 16, 16), (16, 512, 8, 8))
+# Inputs and results of 3x3 convolutions on changed rectangles, as ResNet and VGG have them.
+TILED = (((4, 256, 14, 14), 256), ((4, 512, 13, 13), 512), ((12, 512, 7, 7), 512), ((16, 128, 28, 28), 128))
 SQUEEZE, VGG, VGG3 = (8, 96, 109, 109), (2, 64, 224, 224), (8, 256, 56, 56)
 CASES = (
     Case("relu", "SqueezeNet conv1", SQUEEZE, relu),
@@ -315,6 +334,12 @@ CASES = (
     ),
     Case("sum_windows", "x".join(map(str, RECTANGLES[3])), RECTANGLES[3], rectangle_sum),
     Case("window_mean", "1000 maps", (1, 1000, 224, 224), mean_map),
+    *(
+        Case(
+            "winograd_conv2d bias ReLU", f"{'x'.join(map(str, shape))} to {results}", shape, winograd(results)
+        )
+        for shape, results in TILED
+    ),
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -448,8 +448,10 @@ class BruteForce:
         self.fill = sweep._fill.to(self.images.dtype)
         self._sums: dict[str, Tensor] = {}
         each = self.images[:1].numel() * self.images.element_size()
-        # What the model itself needs is not known; twenty times its input is common.
-        self.most = int(max(1, min(64, sweep.memory_limit // max(1, 20 * each))))
+        # What the model itself needs is not known; forty times its input is common. On the CPU a few images stay in
+        # the caches.
+        most = 8 if self.images.device.type == "cpu" else 128
+        self.most = int(max(1, min(most, sweep.memory_limit // max(1, 40 * each))))
 
     def channel_sums(self, layer: str) -> Tensor:
         if layer not in self._sums:

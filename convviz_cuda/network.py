@@ -29,6 +29,40 @@ class CannotCapture(RuntimeError):
     """Why a model has no flat list of layers, as a sentence."""
 
 
+@dataclass(frozen=True)
+class Field:
+    """A receptive field on one axis: the position o sees the pixels from ``o * stride + offset`` on,
+    ``size`` of them.
+
+    The offset is negative where padding lets a field begin outside of the image. Source: Araujo, Norris &
+    Sim, "Computing Receptive Fields of Convolutional Neural Networks" (Distill, 2019).
+    """
+
+    offset: int
+    size: int
+    stride: int
+
+    def through(self, axis: Axis) -> Field:
+        """The field behind a layer with this window."""
+        return Field(
+            self.offset - axis.padding * self.stride,
+            self.size + (axis.reach - 1) * self.stride,
+            self.stride * axis.stride,
+        )
+
+    @staticmethod
+    def hull(fields: Sequence[Field]) -> Field:
+        """What branches see together that meet position by position."""
+        first = min(field.offset for field in fields)
+        last = max(field.offset + field.size for field in fields)
+        return Field(first, last - first, fields[0].stride)
+
+    def span(self, position: int, pixels: int) -> tuple[int, int]:
+        """The pixels [first, last) that a position sees, clipped to the image."""
+        first = position * self.stride + self.offset
+        return min(max(first, 0), pixels), min(max(first + self.size, 0), pixels)
+
+
 @dataclass
 class Network:
     """A captured model: ``layers`` in the order in which they run, ``output`` the index of the last,
@@ -66,6 +100,25 @@ class Network:
             known = ", ".join(repr(known) for known in self.names if known)
             raise ValueError(f"The model has no layer {name!r} that runs. Its layers are: {known}.")
         return self.names[name]
+
+    def receptive_fields(self) -> list[tuple[Field, Field] | None]:
+        """For each layer what one of its positions sees of the image, (vertical, horizontal); None: all of
+        it, or no position."""
+        fields: list[tuple[Field, Field] | None] = []
+        for layer in self.layers:
+            before = [fields[source] for source in layer.inputs]
+            if layer.kind == "input":
+                fields.append((Field(0, 1, 1), Field(0, 1, 1)))
+            elif layer.axes is None or layer.kind == "general" or not all(before):
+                fields.append(None)
+            else:
+                axes = []
+                for number in (0, 1):
+                    parts = [each[number] for each in before if each is not None]
+                    axis = layer.windows[number] if layer.windows is not None else Axis()
+                    axes.append(parts[0].through(axis) if len(parts) == 1 else Field.hull(parts))
+                fields.append((axes[0], axes[1]))
+        return fields
 
     def optimised(self, keep: Iterable[int] = ()) -> Network:
         """The same function with batch norm folded into convolutions and clamps into the layer before, the
@@ -285,4 +338,4 @@ def rows_agree(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(wide_a, wide_b, rtol=0, atol=tolerance * scale + 1e-30, equal_nan=True))
 
 
-__all__ = ["Axis", "CannotCapture", "Layer", "Network", "capture", "rows_agree"]
+__all__ = ["Axis", "CannotCapture", "Field", "Layer", "Network", "capture", "rows_agree"]

@@ -174,12 +174,11 @@ class OcclusionSweep:
             except CannotCapture as error:
                 why = str(error)
         if engine is None:
-            model = self._model
             if dtype is not None:
                 raise ValueError(
                     f"dtype={dtype} needs a model that can be captured, but here it cannot: {why}"
                 )
-            engine = BruteForce(self, model, self._rows_independent(reference), why)
+            engine = self._brute_force(reference, why)
         self.clean = self._select(engine.clean if isinstance(engine, Incremental) else reference)
         return engine
 
@@ -187,7 +186,8 @@ class OcclusionSweep:
         narrow = dtype is not None and dtype != self._original.dtype
         for again in (False, True):
             network = capture(self._model, self._original, again=again)
-            # What was captured must give the model's own scores; a forward of the clean images is needed anyway.
+            # What was captured must give the model's own scores; a forward of the clean images is needed
+            # anyway.
             engine = None if narrow else Incremental(self, network)
             clean = self._as_scores(network.run(self._original)[0]) if engine is None else engine.clean
             if rows_agree(clean, reference if engine is None else self._select(reference)):
@@ -202,16 +202,24 @@ class OcclusionSweep:
             engine = Incremental(self, network.derived["dtype", dtype])
         return engine
 
-    def _rows_independent(self, reference: Tensor) -> bool:
-        """Whether images may be evaluated together with others: quite different neighbours change nothing."""
+    def _crowd_agrees(self, reference: Tensor, layout: torch.memory_format) -> bool:
+        """Whether images in this layout may be evaluated together with others: quite different neighbours
+        change nothing."""
         images = self._images
-        if not len(images):
-            return True
+        crowd = torch.cat([images, images.flip(0) * -2]).contiguous(memory_format=layout)
         try:
-            crowd = self._forward(self._model, torch.cat([images, images.flip(0) * -2]))
+            return rows_agree(self._forward(self._model, crowd)[: len(images)], reference)
         except (ValueError, RuntimeError):
             return False
-        return rows_agree(crowd[: len(images)], reference)
+
+    def _brute_force(self, reference: Tensor, why: str) -> BruteForce:
+        layouts = [torch.contiguous_format]
+        if self._images.device.type == "cpu":  # where convolutions are much faster in the other one
+            layouts.insert(0, torch.channels_last)
+        for layout in layouts:
+            if self._crowd_agrees(reference, layout):
+                return BruteForce(self, self._model, True, why, self._images.contiguous(memory_format=layout))
+        return BruteForce(self, self._model, False, why)
 
     def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         return self._as_scores(model(images), len(images))
@@ -520,6 +528,64 @@ def _nearest(places: Tensor, count: int) -> Tensor:
 
 
 # -- arguments
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
 #
 #
 #

@@ -48,7 +48,7 @@ def _input_reference(x: Tensor, padding: Sequence[int]) -> Tensor:
         F.pad(x.to(accumulator(x.dtype)), edge).unfold(2, 4, 2).unfold(3, 4, 2)
     )  # (N, C, rows, cols, 4, 4)
     values = _input_along(_input_along(tiles, 5), 4).permute(0, 2, 3, 4, 5, 1)
-    return values.reshape(_tiles(x, padding), 16, x.shape[1]).to(x.dtype)
+    return values.reshape(_tiles(x, padding), 16, x.shape[1]).to(x.dtype).contiguous()
 
 
 @torch.no_grad()

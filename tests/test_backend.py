@@ -22,6 +22,15 @@ OPS = {
     "switch_unpool2d",
     "conv2d_input_grad",
     "max_abs_channels",
+    "occlude",
+    "gather_windows",
+    "gather_windows_",
+    "add_windows_",
+    "pool_windows",
+    "sum_windows",
+    "window_mean",
+    "winograd_input",
+    "winograd_output",
 }
 # Every op on both devices; prints which raised, what info() says, and whether the extension was imported.
 REPORT = """
@@ -34,6 +43,11 @@ def calls(device):
         return torch.ones(*shape, dtype=dtype, device=device)
 
     x = ones(1, 1, 2, 2)
+
+    def table(columns):
+        return ones(1, columns, dtype=torch.int64)
+
+    windows = x, x, table(3), table(2), table(2)
     return dict(
         relu=lambda: ops.relu(x),
         relu_=lambda: ops.relu_(x),
@@ -44,6 +58,15 @@ def calls(device):
         ),
         conv2d_input_grad=lambda: ops.conv2d_input_grad(x, ones(1, 1, 1, 1), (2, 2)),
         max_abs_channels=lambda: ops.max_abs_channels(x),
+        occlude=lambda: ops.occlude(x, x, table(3), table(3), table(3), (2, 2)),
+        gather_windows=lambda: ops.gather_windows(*windows, (2, 2)),
+        gather_windows_=lambda: ops.gather_windows_(ones(1, 1, 2, 2), *windows, 0),
+        add_windows_=lambda: ops.add_windows_(ones(1, 1, 2, 2), *windows),
+        pool_windows=lambda: ops.pool_windows(*windows, (1, 1), 2),
+        sum_windows=lambda: ops.sum_windows(x, x, table(3), table(1), table(1)),
+        window_mean=lambda: ops.window_mean(x[0], (2, 2), 1, 1),
+        winograd_input=lambda: ops.winograd_input(x, 1),
+        winograd_output=lambda: ops.winograd_output(ones(1, 16, 1), (1, 2, 2)),
     )
 
 def error(call):

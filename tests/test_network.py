@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convviz_cuda.models import zfnet_mini
-from convviz_cuda.network import Axis, CannotCapture, capture
+from convviz_cuda.network import Axis, CannotCapture, Field, capture
 
 torch.manual_seed(0)
 
@@ -283,3 +283,52 @@ def test_a_module_that_runs_twice_counts_by_its_last_run():
     network = capture(model, x)
     place = network.layer_index("c")
     torch.testing.assert_close(network.run(x, [place])[1][place], model.c(model.c(x).relu()))
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 5, 2, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True))
+        self.wide, self.side = nn.Conv2d(4, 4, 3, 1, 2, dilation=2), nn.Conv2d(4, 4, 1)
+        self.last = nn.Conv2d(8, 4, (3, 1), padding=(1, 0))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(torch.cat([self.wide(x), self.side(x) + x], 1)).mean((2, 3))
+
+
+def test_receptive_fields_against_the_gradient():
+    torch.manual_seed(3)
+    model = Branches().double().eval()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.0)  # nothing cancels
+    x = images(1, 25, 29)
+    network = capture(model, x)
+    fields = network.receptive_fields()
+    assert fields[network.output] is None
+    checked = 0
+    for name in ("stem.0", "stem.1", "wide", "side", "last"):
+        place = network.layer_index(name)
+        vertical, horizontal = fields[place]
+        height, width = network.layers[place].size
+        for row, col in ((0, 0), (height // 2, width // 2), (height - 1, width - 1)):
+            # A pool sees its whole window, though the gradient takes one pixel: every pixel is tried with a peak.
+            seen = torch.zeros(25, 29, dtype=torch.bool)
+            for top in range(25):
+                probe = torch.zeros(29, 3, 25, 29, dtype=torch.float64)
+                probe[torch.arange(29), :, top, torch.arange(29)] = 1.0
+                with torch.no_grad():
+                    clean = network.run(torch.zeros(1, 3, 25, 29, dtype=torch.float64), [place])[1][place]
+                    value = network.run(probe, [place])[1][place]
+                seen[top] = (value[..., row, col] != clean[..., row, col]).any(1)
+            rows, cols = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
+            assert vertical.span(row, 25) == (int(rows[0]), int(rows[-1]) + 1), name
+            assert horizontal.span(col, 29) == (int(cols[0]), int(cols[-1]) + 1), name
+            checked += 1
+    assert checked == 15
+
+
+def test_receptive_field_of_zfnet_by_hand():
+    """conv 7x7/2, pool 3x3/2, conv 5x5/2: 7 + 2 * 2 + 4 * 4 pixels, every 8th."""
+    chain = Field(0, 1, 1).through(Axis(7, 2, 1)).through(Axis(3, 2, 1)).through(Axis(5, 2, 0))
+    assert (chain.size, chain.stride, chain.offset) == (27, 8, -3)

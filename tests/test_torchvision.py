@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -122,28 +123,26 @@ def lively(name: str, images: torch.Tensor) -> torch.nn.Module:
             model(images)
     for norm in norms:
         norm.eval()
-        norm.running_mean += 0.2 * torch.randn_like(norm.running_mean) * norm.running_var.sqrt()
-        norm.running_var *= 0.7 + 0.6 * torch.rand_like(norm.running_var)
+        norm.running_var.clamp_(min=0.2 * norm.running_var.mean())  # an almost dead channel would be blown up
+        norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.7, 1.3)
     return model
 
 
 def check_sweep(model: torch.nn.Module, images: torch.Tensor, window: tuple, stride: tuple) -> str:
     """The sweep against the model itself on masked images; returns ``explain()``."""
     sweep = occlusion_sweep(model, images, window, stride)
-    found = sweep.scores()
-    (rows, cols), masked = (spans.tolist() for spans in sweep.spans), []
-    for top, bottom in rows:
-        for left, right in cols:
-            masked.append(images.clone())
-            masked[-1][:, :, top:bottom, left:right] = 0
+    found = sweep.scores()[0]
+    rows, cols = (spans.tolist() for spans in sweep.spans)
     # All borders, the cut-off windows at the far ones included.
     assert [rows[0][0], rows[-1][1], cols[0][0], cols[-1][1]] == [0, images.shape[2], 0, images.shape[3]]
+    masked = images.repeat(len(rows) * len(cols), 1, 1, 1)
+    for image, ((top, bottom), (left, right)) in zip(masked, itertools.product(rows, cols), strict=True):
+        image[:, top:bottom, left:right] = 0
     with torch.no_grad():
-        expected = torch.stack([model(each) for each in masked], 1).view(found.shape)
-        clean = model(images)[:, None, None]
+        expected, clean = model(masked).view(found.shape), model(images)
     spread = expected.max() - expected.min()
-    assert (expected - clean).abs().amax(-1).min() > 1e-3 * spread  # every window matters
-    assert (expected - clean).abs().max() > 2e-2 * spread
+    changes = (expected - clean).abs().amax(-1) / spread
+    assert changes.min() > 5e-4 and changes.max() > 1e-2  # every window matters
     assert (found - expected).abs().max() <= 1e-4 * spread
     return sweep.explain()
 
@@ -151,7 +150,7 @@ def check_sweep(model: torch.nn.Module, images: torch.Tensor, window: tuple, str
 @pytest.mark.parametrize("name", SWEPT)
 def test_occlusion_sweep_is_brute_force(name):
     size = (139, 150) if name == "inception_v3" else (97, 110)
-    images = 4 * torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    images = 2 * torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
     stride = tuple((side - 10) // 2 for side in size)  # 3 x 3 windows, the last ones cut off
     assert check_sweep(lively(name, images), images, (26, 33), stride).startswith("Incremental")
 

@@ -70,8 +70,13 @@ def winograd_output_truth(products: Tensor, bias: Tensor | None = None, *, size,
 def winograd_conv2d_truth(x: Tensor, weight: Tensor, bias=None, *, padding=0, low=-INF, high=INF) -> Band:
     """The direct convolution; how far off Winograd's way may be follows from the magnitudes of its own terms."""
     wide = [None if t is None else t.double() for t in (x, weight, bias)]
-    value = F.conv2d(*wide, padding=padding)
     vertical, horizontal = two(padding)
+    if x.numel():
+        value = F.conv2d(*wide, padding=padding)
+    else:  # of nothing at all PyTorch convolves only some shapes
+        size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], (vertical, horizontal), strict=True)]
+        value = torch.zeros(x.shape[0], weight.shape[0], *size, dtype=F64)
+        value = value if bias is None else value + wide[2].view(-1, 1, 1)
     bottom, right = (n % 2 for n in value.shape[2:])
     edge = (horizontal, horizontal + right, vertical, vertical + bottom)
     tiles = F.pad(wide[0].abs().nan_to_num(0, 0, 0), edge).unfold(2, 4, 2).unfold(3, 4, 2)

@@ -19,6 +19,7 @@
 #include "kernels/sum_windows.h"
 #include "kernels/switch_unpool.h"
 #include "kernels/window_mean.h"
+#include "kernels/winograd.h"
 
 namespace py = pybind11;
 using namespace convviz;
@@ -272,6 +273,45 @@ void mean_of_windows(const std::string& dtype, const py::array& scores, const py
   });
 }
 
+// x: [N, C, H, W] in channels_last; out: [tiles, 16, C].
+void winograd_input(const std::string& dtype, const py::array& x, const py::array& out, const Ints& padding) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const int64_t height = x.shape(2) + 2 * padding[0] - 2, width = x.shape(3) + 2 * padding[1] - 2;
+    const WinogradInputArgs<T> args{pointer<T>(x),
+                                    pointer<T>(out),
+                                    out.shape(0),
+                                    x.shape(1),
+                                    x.shape(2),
+                                    x.shape(3),
+                                    padding[0],
+                                    padding[1],
+                                    Divider(ceil_div(width, 2)),
+                                    Divider(ceil_div(height, 2))};
+    check(winograd_input_cuda(args, nullptr));
+  });
+}
+
+// products: [tiles, 16, C]; out: [N, C, H, W] in channels_last.
+void winograd_output(const std::string& dtype, const py::array& products, std::optional<py::array> bias,
+                     const py::array& out, double low, double high) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const WinogradOutputArgs<T> args{pointer<T>(products),
+                                     bias ? pointer<T>(*bias) : nullptr,
+                                     pointer<T>(out),
+                                     products.shape(0),
+                                     products.shape(2),
+                                     out.shape(2),
+                                     out.shape(3),
+                                     Divider(ceil_div(out.shape(3), 2)),
+                                     Divider(ceil_div(out.shape(2), 2)),
+                                     static_cast<acc_t<T>>(low),
+                                     static_cast<acc_t<T>>(high)};
+    check(winograd_output_cuda(args, nullptr));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda_on_host, m) {
@@ -285,6 +325,8 @@ PYBIND11_MODULE(_cuda_on_host, m) {
   m.def("pool_windows", &pool_rectangles);
   m.def("sum_windows", &sum_windows);
   m.def("window_mean", &mean_of_windows);
+  m.def("winograd_input", &winograd_input);
+  m.def("winograd_output", &winograd_output);
   m.def("divide", [](int64_t index, int64_t divisor) { return Divider(divisor).quotient(index); });
   m.def("load_vector", [](const py::array& from) {
     float to[4];

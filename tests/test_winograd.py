@@ -1,0 +1,358 @@
+"""Winograd's ops and their convolution beyond the case table: any geometry, accuracy, layouts, what they refuse."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from op_case import DTYPES, F32, F64, SPECIAL, TIES, drawing
+from op_cases import ARRANGEMENTS, serving, subjects
+from op_truth import Band, assert_same, is_dense
+from winograd_cases import (
+    INPUTS,
+    WINOGRAD_CASES,
+    winograd_conv2d_truth,
+    winograd_input_truth,
+    winograd_output_truth,
+)
+
+import convviz_cuda
+from convviz_cuda import ops, winograd
+
+each_subject = pytest.mark.parametrize("subject", subjects("winograd_input"))
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+LIMITS = [{}, {"low": 0.0}, {"low": -1.0, "high": 1.0}, {"high": 0.0}]
+
+
+def convolved(subject, x, weight, bias=None, **options):
+    with serving(subject) as device:
+        x, weight, bias = (None if t is None else t.to(device) for t in (x, weight, bias))
+        return ops.winograd_conv2d(x, ops.winograd_weight(weight), bias, **options).cpu()
+
+
+def assert_close(result, expected: Band):
+    """Within the band; where the direct convolution is not finite, neither is the result, and NaN stays NaN."""
+    finite = expected.value.isfinite()
+    assert_same(result[finite], Band(expected.value[finite], expected.bound[finite]))
+    assert not result[~finite].isfinite().any()
+    assert result[expected.value.isnan()].isnan().all()
+
+
+# ----------------------------------------------------------------------------------------- any geometry
+
+seeds = st.integers(0, 2**16)
+limits = st.sampled_from(LIMITS)
+dtypes = st.sampled_from(DTYPES)
+channels = st.sampled_from([1, 2, 3, 5, 8, 16, 17])
+arrangements = st.sampled_from(sorted(ARRANGEMENTS))
+images = st.tuples(st.integers(0, 3), channels, st.integers(1, 9), st.integers(1, 9))
+paddings = st.one_of(st.integers(0, 3), st.tuples(*[st.integers(0, 3)] * 2))
+
+
+def fits(shape, padding) -> bool:
+    pads = (padding, padding) if isinstance(padding, int) else padding
+    return all(n + 2 * p >= 3 for n, p in zip(shape[2:], pads, strict=True))
+
+
+geometries = st.tuples(images, paddings).filter(lambda geometry: fits(*geometry))
+
+
+@each_subject
+@given(geometries, dtypes, arrangements, st.sampled_from([SPECIAL, TIES, ()]), seeds)
+def test_input_tiles(subject, geometry, dtype, arrangement, values, seed):
+    shape, padding = geometry
+    x = ARRANGEMENTS[arrangement](drawing(dtype, values, seed)(*shape))
+    with serving(subject) as device:
+        result = ops.winograd_input(x.to(device), padding)
+    assert result.is_contiguous()
+    assert_same(result, winograd_input_truth(x, padding=padding))
+
+
+@each_subject
+@given(
+    st.tuples(*[st.integers(0, 5)] * 3),
+    channels,
+    dtypes,
+    st.booleans(),
+    st.sampled_from([SPECIAL, ()]),
+    limits,
+    seeds,
+)
+def test_output_maps(subject, size, count, dtype, biased, values, bounds, seed):
+    draw = drawing(dtype, values, seed)
+    tiles = size[0] * math.ceil(size[1] / 2) * math.ceil(size[2] / 2)
+    products, bias = draw(tiles, 16, count), draw(count) if biased else None
+    with serving(subject) as device:
+        result = ops.winograd_output(
+            products.to(device), size, None if bias is None else bias.to(device), **bounds
+        )
+    assert result.is_contiguous(memory_format=torch.channels_last) or not result.numel()
+    assert_same(result, winograd_output_truth(products, bias, size=size, **bounds))
+
+
+@each_subject
+@given(geometries, channels, dtypes, arrangements, st.booleans(), st.sampled_from([TIES, ()]), limits, seeds)
+def test_convolutions(subject, geometry, results, dtype, arrangement, biased, values, bounds, seed):
+    shape, padding = geometry
+    draw = drawing(dtype, values, seed)
+    x = ARRANGEMENTS[arrangement](draw(*shape))
+    weight, bias = draw(results, shape[1], 3, 3), draw(results) if biased else None
+    result = convolved(subject, x, weight, bias, padding=padding, **bounds)
+    assert result.dtype == dtype
+    assert_same(result, winograd_conv2d_truth(x, weight, bias, padding=padding, **bounds))
+
+
+# ----------------------------------------------------------------------------------------- the convolution
+
+
+@each_dtype
+@pytest.mark.parametrize("label", INPUTS)
+@each_subject
+def test_the_rows_geometries_convolved(subject, label, dtype):
+    shape, padding = INPUTS[label]
+    draw = drawing(dtype, ())
+    x, weight, bias = draw(*shape), draw(7, shape[1], 3, 3), draw(7)
+    for given_, bounds in ((bias, {"low": 0.0}), (None, {}), (bias, {"low": -1.0, "high": 1.0})):
+        result = convolved(subject, x, weight, given_, padding=padding, **bounds)
+        assert_same(result, winograd_conv2d_truth(x, weight, given_, padding=padding, **bounds))
+
+
+@pytest.mark.parametrize("at_once", [0, 40_000])
+@each_subject
+def test_images_in_parts_are_images_at_once(subject, at_once, monkeypatch):
+    draw = drawing(F32, ())
+    x, weight, bias = draw(7, 9, 6, 5), draw(11, 9, 3, 3), draw(11)
+    whole = convolved(subject, x, weight, bias, padding=1, low=0.0)
+    parts = []
+    output = winograd.winograd_output
+    monkeypatch.setattr(winograd, "winograd_output", lambda *a: parts.append(a[1][0]) or output(*a))
+    monkeypatch.setattr(winograd, "CACHED", at_once)
+    result = convolved(subject, x, weight, bias, padding=1, low=0.0)
+    assert sum(parts) == 7 and len(parts) > 1 and parts[0] == (1 if at_once == 0 else 3)
+    torch.testing.assert_close(result, whole)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("results", [128, 256])
+@pytest.mark.parametrize("count", [128, 512])
+@each_subject
+def test_float32_is_about_as_exact_as_the_direct_convolution(subject, count, results):
+    draw = drawing(F32, (), count + results)
+    x, weight, bias = (
+        draw(2, count, 13, 14).relu(),
+        draw(results, count, 3, 3) / math.sqrt(9 * count),
+        draw(results),
+    )
+    truth = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    ours = (convolved(subject, x, weight, bias, padding=1) - truth).square().mean().sqrt()
+    direct = (F.conv2d(x, weight, bias, padding=1) - truth).square().mean().sqrt()
+    assert 0 < ours <= 4 * direct
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@each_subject
+def test_what_is_not_finite_stays_where_a_direct_convolution_has_it(subject, value):
+    draw = drawing(F64, ())
+    weight = draw(6, 5, 3, 3)
+    for y in range(5):
+        for x in range(6):
+            image = draw(1, 5, 5, 6)
+            image[0, 2, y, x] = value
+            result = convolved(subject, image, weight, padding=1)
+            assert_close(result, winograd_conv2d_truth(image, weight, padding=1))
+            if math.isnan(value):  # also behind a ReLU
+                assert torch.equal(
+                    convolved(subject, image, weight, padding=1, low=0.0).isnan(), result.isnan()
+                )
+
+
+@each_subject
+def test_special_values_anywhere(subject):
+    draw = drawing(F64, (*TIES * 6, 0.1, -0.7, math.nan, math.inf, -math.inf))
+    x, weight = draw(3, 4, 9, 8), drawing(F64, (), 1)(5, 4, 3, 3)
+    expected = winograd_conv2d_truth(x, weight, padding=(1, 2))
+    assert 0.05 < expected.value.isfinite().double().mean() < 0.95
+    assert_close(convolved(subject, x, weight, padding=(1, 2)), expected)
+
+
+@each_subject
+def test_a_bound_of_zero_has_the_zeros_sign(subject):
+    products = drawing(F32, (-0.0, 0.0, -1.0, 1.0))(12, 16, 17)
+    with serving(subject) as device:
+        result = ops.winograd_output(products.to(device), (2, 4, 6), low=0.0)
+        assert (result == 0).any() and not result.signbit().any()
+        assert ops.winograd_output(-products[:, :, :0].to(device), (2, 4, 6), low=0.0).shape == (2, 0, 4, 6)
+
+
+@each_dtype
+def test_weights(dtype):
+    """Each kernel of a single one is an outer product of two columns of the definition's matrix."""
+    columns = torch.tensor([[1, 0.5, 0.5, 0], [0, 0.5, -0.5, 0], [0, 0.5, 0.5, 1]], dtype=F64)
+    weight = torch.eye(9, dtype=dtype).view(9, 1, 3, 3)
+    result = ops.winograd_weight(weight.transpose(2, 3))
+    assert result.shape == (16, 1, 9) and result.dtype == dtype and result.is_contiguous()
+    for k in range(9):
+        assert torch.equal(result[:, 0, k].double(), torch.outer(columns[k % 3], columns[k // 3]).flatten())
+    draw = drawing(dtype, ())
+    assert ops.winograd_weight(draw(4, 3, 3, 3).requires_grad_()).requires_grad is False
+
+
+@each_subject
+def test_layouts(subject):
+    """Whatever the input's layout, the same numbers in channels_last; what is channels_last is not copied."""
+    x, weight = drawing(F32, ())(2, 8, 6, 7), drawing(F32, (), 1)(4, 8, 3, 3)
+    expected = convolved(subject, x, weight, padding=1)
+    for arrange in (ARRANGEMENTS[name] for name in ARRANGEMENTS if name != "expanded"):
+        result = convolved(subject, arrange(x), weight, padding=1)
+        assert torch.equal(result, expected)
+        assert result.is_contiguous(memory_format=torch.channels_last) and is_dense(result)
+
+
+def test_a_channels_last_input_is_not_copied(monkeypatch):
+    seen = []
+    op = winograd.winograd_input_op
+    monkeypatch.setattr(winograd, "winograd_input_op", lambda x, padding: seen.append(x) or op(x, padding))
+    x = torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    ops.winograd_input(x)
+    ops.winograd_input(x.contiguous())
+    assert seen[0].data_ptr() == x.data_ptr() and seen[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@each_subject
+def test_a_bias_with_gaps(subject):
+    x, weight, bias = drawing(F32)(1, 3, 4, 4), drawing(F32, (), 1)(5, 3, 3, 3), torch.arange(10.0)[::2]
+    assert_same(convolved(subject, x, weight, bias), winograd_conv2d_truth(x, weight, bias))
+
+
+def test_info_lists_the_ops():
+    assert {"winograd_input", "winograd_output"} <= set(convviz_cuda.info()["ops"])
+    assert {case.op for case in WINOGRAD_CASES} == {"winograd_input", "winograd_output"}
+
+
+def test_it_pays_for_many_channels_only():
+    assert ops.winograd_conv2d is winograd.winograd_conv2d
+    assert winograd.pays(128, 512) and winograd.pays(512, 128)
+    assert not winograd.pays(64, 512) and not winograd.pays(512, 64)
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+X, KERNELS, BIAS = torch.ones(2, 3, 5, 6), ops.winograd_weight(torch.ones(4, 3, 3, 3)), torch.ones(4)
+PRODUCTS = torch.ones(12, 16, 4)
+
+
+def tiles(**changed):
+    return ops.winograd_input(**{"x": X, "padding": 1} | changed)
+
+
+def maps(**changed):
+    return ops.winograd_output(**{"products": PRODUCTS, "size": (2, 3, 5), "bias": BIAS} | changed)
+
+
+def conv(**changed):
+    return ops.winograd_conv2d(**{"x": X, "weight": KERNELS, "bias": BIAS, "padding": 1} | changed)
+
+
+def kernels(**changed):
+    return ops.winograd_weight(**{"weight": torch.ones(4, 3, 3, 3)} | changed)
+
+
+@pytest.mark.parametrize("function", [tiles, maps, conv], ids=lambda f: f.__name__)
+@each_subject
+def test_no_gradient_is_recorded(subject, function):
+    """Neither by a kernel nor by the reference, which PyTorch could differentiate."""
+    changed = {
+        tiles: {"x": X},
+        maps: {"products": PRODUCTS, "bias": BIAS},
+        conv: {"x": X, "weight": KERNELS, "bias": BIAS},
+    }[function]
+    with serving(subject):
+        for name, tensor in changed.items():
+            assert not function(**{name: tensor.clone().requires_grad_()}).requires_grad
+
+
+REFUSED = [
+    *(
+        (function, {name: value}, TypeError, words)
+        for function, names in (
+            (tiles, ("x",)),
+            (maps, ("products", "bias")),
+            (conv, ("x", "weight", "bias")),
+            (kernels, ("weight",)),
+        )
+        for name in names
+        for value, words in (
+            (None, f"{name} must be a tensor, but it is a NoneType."),
+            ([1.0], f"{name} must be a tensor, but it is a list."),
+            (X.int(), f"{name} must be float64, float32, bfloat16 or float16, but it is torch.int32."),
+        )
+        if (name, value) != ("bias", None)
+    ),
+    *(
+        (function, {name: X[0]}, ValueError, f"{name} must have the shape (N, C, H, W), but it has")
+        for function, name in ((tiles, "x"), (conv, "x"), (kernels, "weight"))
+    ),
+    *(
+        (function, {"padding": value}, error, words)
+        for function in (tiles, conv)
+        for value, error, words in (
+            (-1, ValueError, "padding must be at least 0, but it is -1."),
+            ((1, 2, 3), TypeError, "padding must be an int or a pair of ints, but it is (1, 2, 3)."),
+            (1.0, TypeError, "but it is 1.0."),
+        )
+    ),
+    *(
+        (function, {"x": torch.ones(2, 3, *size), "padding": (0, 1)}, ValueError, words)
+        for function in (tiles, conv)
+        for size in ((2, 5), (5, 0), (0, 0))
+        for words in (f"its padding, but its shape is {(2, 3, *size)} and the padding is (0, 1).",)
+    ),
+    *(
+        (f, {"low": low, "high": high}, ValueError, f"high must be at least low, but low is {low} and high is {high}.")
+        for f in (maps, conv)
+        for low, high in ((1.0, 0.5), (math.nan, 1.0), (0.0, math.nan))
+    ),
+    *(
+        (function, {"bias": value}, error, words)
+        for function, name in ((maps, "products"), (conv, "x"))
+        for value, error, words in (
+            (BIAS[:2], ValueError, "bias must have the shape (4,), but it has the shape (2,)."),
+            (BIAS.view(4, 1), ValueError, "but it has the shape (4, 1)."),
+            (BIAS.double(), TypeError, f"bias must be torch.float32 on cpu as {name} is, but it is torch.float64"),
+            (BIAS.to("meta"), TypeError, f"as {name} is, but it is torch.float32 on meta."),
+        )
+    ),
+    (maps, {"products": PRODUCTS[:, :9]}, ValueError, "products must be (tiles, 16, C), but the shape is (12, 9, 4)."),
+    (maps, {"products": PRODUCTS[0]}, ValueError, "but the shape is (16, 4)."),
+    (maps, {"size": (2, 3)}, TypeError, "size must be three ints, (N, h, w), but it is (2, 3)."),
+    (maps, {"size": (2, 3, 5.0)}, TypeError, "but it is (2, 3, 5.0)."),
+    (maps, {"size": (2, 3, 7)}, ValueError, "size must be (N, h, w) with 12 tiles, but it is (2, 3, 7)."),
+    (maps, {"size": (2, -3, -7)}, ValueError, "but it is (2, -3, -7)."),
+    (conv, {"weight": torch.ones(4, 3, 3, 3)}, ValueError, "weight must be (16, 3, Co), as winograd_weight makes it"),
+    (conv, {"weight": torch.ones(4, 3, 3, 3)}, ValueError, "(Co, 3, 3, 3), but its shape is (4, 3, 3, 3)."),
+    (conv, {"weight": KERNELS[:, :2]}, ValueError, "but its shape is (16, 2, 4)."),
+    (conv, {"weight": KERNELS[:9]}, ValueError, "but its shape is (9, 3, 4)."),
+    (conv, {"weight": KERNELS.double()}, TypeError, "weight must be torch.float32 on cpu as x is, but"),
+    (kernels, {"weight": torch.ones(4, 3, 3, 1)}, ValueError, "weight must be (Co, Ci, 3, 3), but its shape is"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "error", "words"),
+    REFUSED,
+    ids=[f"{f.__name__}-{'-'.join(wrong)}-{i}" for i, (f, wrong, _, _) in enumerate(REFUSED)],
+)
+def test_bad_arguments(function, wrong, error, words):
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        function(**wrong)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("function", [tiles, maps, conv, kernels], ids=lambda f: f.__name__)
+def test_good_arguments(function):
+    assert torch.is_tensor(function())
