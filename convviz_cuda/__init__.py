@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import attr, ops
 from ._backend import info
 from .rules import backward_rule
+from .sweep import OcclusionSweep, occlusion_sweep
 from .version import __version__
 
-__all__ = ["__version__", "attr", "backward_rule", "info", "ops"]
+__all__ = ["OcclusionSweep", "__version__", "attr", "backward_rule", "info", "occlusion_sweep", "ops"]

@@ -10,17 +10,34 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import platform
+import sys
+from pathlib import PurePath
 from typing import Any
 
 import torch
 
 BACKENDS = ("auto", "reference", "native")
 
+
+def _is_the_command() -> bool:
+    """Whether this process is ``convviz`` or ``python -m convviz_cuda.cli``."""
+    if sys.argv[:1] == ["-m"]:  # while the packages above the module are imported
+        return ("-m", "convviz_cuda.cli") in itertools.pairwise(sys.orig_argv)
+    return PurePath(sys.argv[0] if sys.argv else "").stem == "convviz"
+
+
 backend = os.environ.get("CONVVIZ_BACKEND", "auto")
 if backend not in BACKENDS:
-    raise ValueError(f"CONVVIZ_BACKEND must be one of {', '.join(BACKENDS)}, but it is {backend!r}.")
+    _sentence = f"CONVVIZ_BACKEND must be one of {', '.join(BACKENDS)}, but it is {backend!r}."
+    if (
+        _is_the_command()
+    ):  # this import precedes the command's first line, so no code of its own can catch an error
+        print(f"convviz: {_sentence}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(_sentence)
 
 _C: Any = None
 missing_extension: str | None = None

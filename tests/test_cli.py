@@ -642,6 +642,21 @@ def test_without_the_extra_one_sentence_says_what_to_install():
     )
 
 
+@pytest.mark.parametrize("start", ["script", "module"])
+def test_an_unknown_backend_is_one_sentence(tmp_path, start):
+    script = tmp_path / "convviz"  # as pip writes it
+    script.write_text("from convviz_cuda.cli import main\nmain()\n")
+    call = {"script": [script], "module": ["-m", "convviz_cuda.cli"]}[start]
+    done = subprocess.run(
+        [sys.executable, *call, "doctor"], env={**ENVIRONMENT, "CONVVIZ_BACKEND": "nonsense"},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "convviz: CONVVIZ_BACKEND must be one of auto, reference, native, but it is 'nonsense'.\n"
+    )
+
+
 def test_version_and_help():
     from convviz_cuda import __version__
 
