@@ -182,6 +182,7 @@ class _Parser:
                     raise Unsupported("The model does not take one batch of images (N, C, H, W).")
                 if isinstance(value.shape[0], int):
                     raise Unsupported("The model works for one batch size only.")
+                self.batch = value.shape[0]
                 self.place[node] = 0
                 self.layers.append(
                     Layer("input", (), tuple(int(n) for n in value.shape[1:]), (2, 3), name="input")
@@ -212,7 +213,7 @@ class _Parser:
         if not node.args or not _is_node(node.args[0]):
             return
         target = self._node(node.args[0])
-        if name in _VIEWS or in_place:
+        if name in _VIEWS or in_place or _is_view(node.target):
             self.views[node] = self.views.get(target, target)
         if not in_place:
             return
@@ -267,7 +268,8 @@ class _Parser:
                 raise Unsupported("The model drops values at random (dropout in training mode).")
             self.place[node] = self.place[sources[0]]
         else:
-            handler = getattr(self, f"_read_{functional}", None)
+            known = hasattr(node.target, "_schema")  # not Python's arithmetic of sizes
+            handler = getattr(self, f"_read_{functional}", None) if known else None
             layer = handler(node) if handler is not None else None
             if layer is None:
                 layer = self._pointwise(node, functional) or self._general(node)
@@ -310,11 +312,18 @@ class _Parser:
         if not isinstance(value, Tensor):
             raise Unsupported(f"{node.target} gives a {type(value).__name__}, not a tensor.")
         shape = value.shape[1:]
+        if value.dim() and not self._is_batch(value.shape[0]):
+            raise Unsupported(
+                f"{node.target} gives a value whose first dimension is not the batch: {tuple(value.shape)}."
+            )
         if not all(isinstance(n, int) for n in shape) or value.dim() < 1 or isinstance(value.shape[0], int):
             if kind != "general":
                 raise Unsupported(f"{node.target} gives a value of the shape {tuple(value.shape)}.")
             shape, axes = tuple(n if isinstance(n, int) else -1 for n in shape), None
         return Layer(kind, tuple(inputs), tuple(shape), axes, name=str(node), **more)
+
+    def _is_batch(self, size: Any) -> bool:
+        return not isinstance(size, int) and size.node.expr == self.batch.node.expr
 
     def _windowed(self, kind: str, node: Any, image: Any, axes: Sequence[Axis], **more: Any) -> Layer | None:
         layer = self._map_of(image)
@@ -561,7 +570,7 @@ class _Parser:
             return self._pointwise_layer(node, [self.place[sources[0]]], axes, self._call(node), args)
         if name in _BINARY:
             sizes = {(layer.size, layer.axes, len(layer.shape)) for layer in maps if layer is not None}
-            if len(sizes) != 1:
+            if len(sizes) != 1 or any(n in self.place and n not in sources for n in nodes):
                 return None
             for source in nodes:
                 constant = self.constants.get(source)
@@ -750,6 +759,8 @@ class _Parser:
             call = self._call(node)
             self.lists[node] = []
             for part, each in enumerate(value):
+                if not isinstance(each, Tensor) or not each.dim() or not self._is_batch(each.shape[0]):
+                    raise Unsupported(f"{node.target} gives parts whose first dimension is not the batch.")
                 shape = tuple(n if isinstance(n, int) else -1 for n in each.shape[1:])
 
                 def function(*values: Any, part: int = part) -> Any:
@@ -771,6 +782,12 @@ class _Slot:
 
 def _is_node(value: Any) -> bool:
     return isinstance(value, torch.fx.Node)
+
+
+def _is_view(target: Any) -> bool:
+    """Whether an operation may return its input's memory, as its schema says."""
+    returns = getattr(getattr(target, "_schema", None), "returns", ())
+    return any(value.alias_info is not None for value in returns)
 
 
 def _name_of(target: Any) -> str:

@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import window_ops as ops
 from ._sweep_plan import Geometry, Group, costs
 from ._sweep_program import Program
-from .network import Network
+from .network import Network, rows_agree
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class Incremental:
         self.spans, self.shape = sweep.spans, sweep.shape
         self.classes, self.limit = sweep.classes, sweep.memory_limit
         self.costs = costs(self.images.device)
+        # oneDNN's fused bounds and Winograd's sums lose a NaN or an infinity.
+        self.finite = bool(self.images.isfinite().all()) and bool(self.fill.isfinite().all())
+        self.model = sweep._model
+        self.narrow = self.images.dtype != sweep._original.dtype
         self._sums: dict[str, Tensor] = {}
         self._bases: dict[int, Tensor] | None = None
         self.network = self._network(())
@@ -58,12 +63,12 @@ class Incremental:
     def _network(self, layers: tuple[str, ...]) -> Network:
         keep = tuple(self.raw.layer_index(name) for name in layers)
         classes = None if self.classes is None else tuple(self.classes)
-        key = ("network", keep, classes)
+        key = ("network", keep, classes, self.finite)
         derived = self.raw.derived
         if key not in derived:
             while len(derived) > 8:  # a model swept for each of its classes does not keep a copy for each
                 derived.pop(next(iter(derived)))
-            network = self.raw.optimised(keep)
+            network = self.raw.optimised(keep, pack=self.finite)
             if classes is not None:
                 network = network.selected(classes)
             derived[key] = network
@@ -91,9 +96,13 @@ class Incremental:
     def _clean(self) -> Tensor:
         if len(self.images) <= self.plan.block:
             scores, self._bases = self.network.run(self.images, self.plan.cached)
-            return scores.view(len(scores), -1)
+            return self._chosen(self.network, scores)
         parts = [self.network.run(images)[0] for images in self.images.split(self.plan.block)]
-        return torch.cat([scores.view(len(scores), -1) for scores in parts])
+        return torch.cat([self._chosen(self.network, scores) for scores in parts])
+
+    def _chosen(self, network: Network, scores: Tensor) -> Tensor:
+        scores = scores if scores.dim() == 2 else scores.unsqueeze(1)
+        return scores if self.classes is None or network.chosen else scores[:, self.classes]
 
     def _clean_maps(self, network: Network, plan: _Plan, images: Tensor) -> dict[int, Tensor]:
         """The activations of the clean images that the steps read; the first pass takes those of the clean
@@ -119,7 +128,17 @@ class Incremental:
                     network.run(image, [place])[1][place].sum((2, 3))
                     for image in self.images.split(self.plan.block)
                 ]
-            self._sums[layer] = torch.cat(values)
+            sums = torch.cat(values)
+            recorder = _Recorder(self.model, (layer,))
+            if not self.narrow:
+                with torch.no_grad(), recorder:
+                    self.model(self.images.clone())
+            if not self.narrow and not rows_agree(recorder.sums.get(layer, sums[:0]), sums):
+                raise ValueError(
+                    f"What the module {layer!r} returns is not the last map that it computes; "
+                    "incremental=False serves it."
+                )
+            self._sums[layer] = sums
         return self._sums[layer]
 
     def parts(self, layers: tuple[str, ...], mask: Tensor | None, bar: Progress) -> Iterator[Part]:
@@ -176,12 +195,12 @@ class Incremental:
                 if number + 1 < len(plan.stages):
                     waiting[number + 1].append(result)
                 else:
-                    yield self._part(plan, result)
+                    yield self._part(network, plan, result)
 
-    def _part(self, plan: _Plan, batch: _Batch) -> Part:
+    def _part(self, network: Network, plan: _Plan, batch: _Batch) -> Part:
         place = batch.place.to(self.images.device)
         probes = {name: batch.probes[index] for name, index in zip(plan.layers, plan.probes, strict=True)}
-        scores = batch.value.view(len(place), -1)
+        scores = self._chosen(network, batch.value)
         return Part(place[:, 0], place[:, 1], place[:, 2], scores, probes)
 
     def explain(self) -> str:
@@ -271,6 +290,11 @@ def _run(
     return _Batch(value, _global(group, variants, begin), probes)
 
 
+def _alone(barrier: threading.Barrier) -> None:
+    barrier.wait()  # so that each worker takes one of these calls
+    torch.set_num_threads(1)
+
+
 class _Workers:
     """Chunks side by side: on the CPU one thread a core, each running its operations alone.
 
@@ -287,9 +311,13 @@ class _Workers:
     def __enter__(self) -> _Workers:
         if self._count > 1:
             self._threads = torch.get_num_threads()
-            self._pool = concurrent.futures.ThreadPoolExecutor(
-                self._count, "convviz-sweep", torch.set_num_threads, (1,)
-            )
+            self._pool = concurrent.futures.ThreadPoolExecutor(self._count, "convviz-sweep")
+            # The setting is a thread's own, except that threads which begin later take over the last one
+            # made: so all # workers make theirs now, and it is put back before anything runs.
+            barrier = threading.Barrier(self._count)
+            for ready in [self._pool.submit(_alone, barrier) for _ in range(self._count)]:
+                ready.result()
+            torch.set_num_threads(self._threads)
         return self
 
     def submit(self, function: Callable[..., _Batch], *args: Any) -> None:
@@ -312,8 +340,6 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-            # A worker's setting is its own, except that threads which begin later would take it over.
-            torch.set_num_threads(self._threads)
         self._waiting.clear()
 
 
@@ -448,15 +474,17 @@ class BruteForce:
         self.fill = sweep._fill.to(self.images.dtype)
         self._sums: dict[str, Tensor] = {}
         each = self.images[:1].numel() * self.images.element_size()
-        # What the model itself needs is not known; forty times its input is common. On the CPU a few images stay in
-        # the caches.
+        # What the model itself needs is not known; forty times its input is common. On the CPU a few images
+        # stay in # the caches.
         most = 8 if self.images.device.type == "cpu" else 128
         self.most = int(max(1, min(most, sweep.memory_limit // max(1, 40 * each))))
 
     def channel_sums(self, layer: str) -> Tensor:
         if layer not in self._sums:
             with torch.no_grad(), _Recorder(self.model, (layer,)) as recorder:
-                self.model(self.images)
+                self.model(self.images.clone())
+            if layer not in recorder.sums:
+                raise ValueError(f"The layer {layer!r} does not run.")
             self._sums[layer] = recorder.sums[layer]
         return self._sums[layer]
 

@@ -72,6 +72,8 @@ class Network:
     output: int
     names: dict[str, int]
     kept: frozenset[int] = frozenset()
+    chosen: bool = False  # whether it computes only the classes that were asked for
+    key: Any = None  # the state of the model when it was captured
     derived: dict[Any, Any] = field(default_factory=dict)  # what was worked out of it, for the next call
 
     def readers(self) -> list[list[int]]:
@@ -120,7 +122,7 @@ class Network:
                 fields.append((axes[0], axes[1]))
         return fields
 
-    def optimised(self, keep: Iterable[int] = ()) -> Network:
+    def optimised(self, keep: Iterable[int] = (), pack: bool = True) -> Network:
         """The same function with batch norm folded into convolutions and clamps into the layer before, the
         values of ``keep`` untouched.
 
@@ -170,7 +172,8 @@ class Network:
         for old in used:
             layer = layers[old]
             layer.inputs = tuple(new[source] for source in layer.inputs)
-            layer.pack()
+            if pack:
+                layer.pack()
             result.append(layer)
         return Network(result, new[moved[self.output]], names, frozenset(new[moved[index]] for index in keep))
 
@@ -201,13 +204,14 @@ class Network:
             path.append(layer.inputs[0])
         last = self.layers[path[-1]]
         assert last.weight is not None
-        if last.groups != 1 or len(last.shape) not in (1, 3) or path[-1] in self.kept:
+        if last.groups != 1 or len(last.shape) not in (1, 3) or self.kept.intersection(path):
             return self
         rows = torch.as_tensor(list(classes), device=last.weight.device)
         layers = list(self.layers)
         for index in path:
             layer = layers[index]
             layers[index] = dataclasses.replace(layer, shape=(len(classes), *layer.shape[1:]))
+        packed = last.packed is not None or last.tiles is not None
         layers[path[-1]] = last = dataclasses.replace(
             layers[path[-1]],
             weight=last.weight[rows],
@@ -215,8 +219,9 @@ class Network:
             packed=None,
             tiles=None,
         )
-        last.pack()
-        return Network(layers, self.output, self.names, self.kept)
+        if packed:
+            last.pack()
+        return Network(layers, self.output, self.names, self.kept, chosen=True)
 
 
 def _fold(convolution: Layer, scale: Tensor, shift: Tensor) -> None:
@@ -232,6 +237,7 @@ def _fold(convolution: Layer, scale: Tensor, shift: Tensor) -> None:
 
 _captured: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Network]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+_PLAIN = (int, float, bool, str, tuple, type(None))
 
 
 def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
@@ -259,12 +265,22 @@ def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
         if known is not None and known[0] == key and not again:
             return known[1]
         network = _capture(model, images)
+        network.key = key
         with contextlib.suppress(TypeError):  # a module without a weak reference is captured at every call
             _captured[model] = (key, network)
         return network
 
 
+def is_current(network: Network, model: nn.Module, images: Tensor) -> bool:
+    """Whether a model still is what was captured."""
+    try:
+        return _key(model, images) == network.key
+    except CannotCapture:
+        return False
+
+
 def _key(model: nn.Module, images: Tensor) -> Any:
+    settings: list[Any] = []
     for name, module in model.named_modules():
         if module.training:
             raise CannotCapture(f"The module {name or type(model).__name__!r} is in training mode.")
@@ -273,12 +289,14 @@ def _key(model: nn.Module, images: Tensor) -> Any:
             raise CannotCapture(f"The module {name or type(model).__name__!r} has forward hooks.")
         if isinstance(module, torch.jit.ScriptModule):
             raise CannotCapture(f"The module {name or type(model).__name__!r} is scripted.")
+        # Plain attributes hold a module's settings: strides, slopes, bounds.
+        settings.append((id(module), *(v for v in vars(module).values() if type(v) in _PLAIN)))
     tensors = [*model.parameters(), *model.buffers()]
     try:
         state = tuple((id(t), t._version, t.data_ptr()) for t in tensors)
     except RuntimeError as error:
         raise CannotCapture(f"The parameters of the model cannot be followed: {error}") from None
-    return tuple(images.shape[1:]), images.dtype, images.device, state
+    return tuple(images.shape[1:]), images.dtype, images.device, state, tuple(settings)
 
 
 def _capture(model: nn.Module, images: Tensor) -> Network:
@@ -302,24 +320,27 @@ def _capture(model: nn.Module, images: Tensor) -> Network:
         ) from None
     finally:
         assert modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    _check_rows(network, example)
+    _check(network, model, example)
     return network
 
 
-def _check_rows(network: Network, example: Tensor) -> None:
-    """Each image's output must be its own: a batch of two against the two alone."""
+def _check(network: Network, model: nn.Module, example: Tensor) -> None:
+    """The layers must give the model's own output for noise, and each image's output must be its own."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(example.shape, generator=generator, dtype=torch.float32).to(example)
     try:
         with torch.no_grad():
             both, _ = network.run(noise)
             alone = torch.cat([network.run(noise[:1])[0], network.run(noise[1:])[0]])
-    except RuntimeError as error:  # not implemented for a dtype, say
+            expected = model(noise.clone())
+    except (RuntimeError, ValueError, TypeError) as error:  # not implemented for a dtype, say
         raise CannotCapture(f"The captured layers do not run: {error}") from None
-    if both.shape != alone.shape or not rows_agree(both, alone):
+    if not rows_agree(both, alone):
         raise CannotCapture(
             "The model mixes the images of a batch: an image's output depends on its neighbours."
         )
+    if not isinstance(expected, Tensor) or not rows_agree(both, expected):
+        raise CannotCapture("The captured layers do not give the model's own output for noise.")
 
 
 def rows_agree(a: Tensor, b: Tensor) -> bool:

@@ -15,20 +15,21 @@ import contextlib
 import copy
 import math
 import numbers
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import window_ops as ops
 from ._sweep_engines import BruteForce, Incremental, Part
 from ._sweep_plan import window_spans
 from .checks import check_images
 from .fills import Fill, fill_values
-from .network import CannotCapture, capture, rows_agree
+from .network import CannotCapture, Network, capture, is_current, rows_agree
 from .progress import Progress
 
 MEMORY = {"cpu": 1 << 30, "cuda": 4 << 30}
@@ -74,7 +75,8 @@ def occlusion_sweep(
         window: the occluder's side or (height, width) in pixels; a *list* of these gives a list of sweeps.
         stride: between windows in pixels, an int or (vertical, horizontal).
         fill: what the occluder shows (see :func:`fill_values`).
-        targets: compute these classes only (negative ones count from the end): less work, and less to keep.
+        targets: compute these classes only, each once (negative ones count from the end): less work, less to
+            keep.
         border: "clip": the last window of a row or column is cut off at the image's border, as Captum does
             it; "inside": whole windows only.
         seed: of the "noise" fill.
@@ -136,8 +138,8 @@ class OcclusionSweep:
             for size, side, step in zip(images.shape[2:], self.window, self.stride, strict=True)
         )
         self.shape = (images.shape[0], len(self.spans[0]), len(self.spans[1]))
-        self._original = images.detach()
-        fill = fill_values(self._original, fill, seed)
+        self._original = images.detach().clone()  # what the caller does to his later changes nothing
+        fill = fill_values(self._original, fill, seed).clone()
         self._images = self._original if dtype is None else self._original.to(dtype)
         self._fill = fill.to(self._images.dtype)
         self._model, self._tf32, self._progress = model, tf32, progress
@@ -145,6 +147,10 @@ class OcclusionSweep:
         self.memory_limit = int(limit)
         self._results: dict[Any, Tensor] = {}
         self._passes: dict[Any, _Pass] = {}
+        self._lock = threading.RLock()
+        self._captured: Network | None = None
+        device = images.device.type
+        self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self.error: float | None = None
         with torch.no_grad(), _precision(tf32):
             self._engine: Incremental | BruteForce = self._choose(incremental, targets, dtype)
@@ -174,18 +180,19 @@ class OcclusionSweep:
             except CannotCapture as error:
                 why = str(error)
         if engine is None:
+            self._captured = None
             if dtype is not None:
                 raise ValueError(
                     f"dtype={dtype} needs a model that can be captured, but here it cannot: {why}"
                 )
             engine = self._brute_force(reference, why)
-        self.clean = self._select(engine.clean if isinstance(engine, Incremental) else reference)
+        self.clean = engine.clean if isinstance(engine, Incremental) else self._select(reference)
         return engine
 
     def _incremental(self, reference: Tensor, dtype: torch.dtype | None) -> Incremental:
         narrow = dtype is not None and dtype != self._original.dtype
         for again in (False, True):
-            network = capture(self._model, self._original, again=again)
+            self._captured = network = capture(self._model, self._original, again=again)
             # What was captured must give the model's own scores; a forward of the clean images is needed
             # anyway.
             engine = None if narrow else Incremental(self, network)
@@ -209,10 +216,13 @@ class OcclusionSweep:
         crowd = torch.cat([images, images.flip(0) * -2]).contiguous(memory_format=layout)
         try:
             return rows_agree(self._forward(self._model, crowd)[: len(images)], reference)
-        except (ValueError, RuntimeError):
+        except Exception:  # whatever the model makes of a larger batch
             return False
 
     def _brute_force(self, reference: Tensor, why: str) -> BruteForce:
+        modules = self._model.modules() if isinstance(self._model, nn.Module) else ()
+        if any(module.training for module in modules):  # another batch would go into its statistics
+            return BruteForce(self, self._model, False, why)
         layouts = [torch.contiguous_format]
         if self._images.device.type == "cpu":  # where convolutions are much faster in the other one
             layouts.insert(0, torch.channels_last)
@@ -222,7 +232,8 @@ class OcclusionSweep:
         return BruteForce(self, self._model, False, why)
 
     def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        return self._as_scores(model(images), len(images))
+        # A copy: the model may write to its input.
+        return self._as_scores(model(images.clone()), len(images))
 
     def _as_scores(self, scores: Any, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
@@ -235,12 +246,10 @@ class OcclusionSweep:
                 f"The model must return scores (N, K) or (N,) for N = {count} images, "
                 f"but it returned {tuple(scores.shape)}."
             )
-        return scores.detach().view(count, -1) if scores.dim() == 1 else scores.detach()
+        return scores.detach().unsqueeze(1) if scores.dim() == 1 else scores.detach()
 
     def _select(self, scores: Tensor) -> Tensor:
-        if self.classes is None or scores.shape[1] == len(self.classes) != self._count:
-            return scores
-        return scores[:, self.classes]
+        return scores if self.classes is None else scores[:, self.classes]
 
     # -- results
 
@@ -256,7 +265,7 @@ class OcclusionSweep:
         ``name``: under which the result is remembered.
         """
         return self._gather(
-            {name if name is not None else function: _Reduction(lambda part: function(part.scores))}
+            {name if name is not None else function: _Reduction(lambda part: function(part.scores.clone()))}
         )[0]
 
     def score_map(self, target: int | Sequence[int] | Tensor) -> Tensor:
@@ -362,18 +371,35 @@ class OcclusionSweep:
         return torch.tensor([self._column[c] for c in chosen.tolist()], device=chosen.device)
 
     def _gather(self, wanted: dict[Any, _Reduction]) -> list[Tensor]:
-        missing = {name: each for name, each in wanted.items() if name not in self._results}
-        if missing:
-            stored = self._results.get("scores")
-            layers = tuple(dict.fromkeys(each.layer for each in missing.values() if each.layer is not None))
-            bytes_of_scores = math.prod(self.shape) * self.clean.shape[1] * self.clean.element_size()
-            if stored is not None and not layers:
-                self._from_stored(missing, stored)
-            else:
-                if stored is None and bytes_of_scores <= self.memory_limit // 64:
-                    missing.setdefault("scores", _Reduction(lambda p: p.scores))
-                self._run(missing, layers)
-        return [self._results[name] for name in wanted]
+        with self._lock:
+            missing = {name: each for name, each in wanted.items() if name not in self._results}
+            if missing:
+                self._check_unchanged()
+                stored = self._results.get("scores")
+                layers = tuple(
+                    dict.fromkeys(each.layer for each in missing.values() if each.layer is not None)
+                )
+                size = math.prod(self.shape) * self.clean.shape[1] * self.clean.element_size()
+                if stored is not None and not layers:
+                    self._from_stored(missing, stored)
+                else:
+                    if stored is None and size <= self.memory_limit // 64:
+                        missing.setdefault("scores", _Reduction(lambda p: p.scores))
+                    self._run(missing, layers)
+            results = []
+            for name in wanted:
+                result = self._results[name]
+                if result.numel() * result.element_size() > self.memory_limit // 64:
+                    del self._results[name]  # too large to be held twice
+                    results.append(result)
+                else:
+                    results.append(result.clone())
+            return results
+
+    def _check_unchanged(self) -> None:
+        """A model that changed since the sweep was made would give numbers of two models."""
+        if self._captured is not None and not is_current(self._captured, self._model, self._original):
+            raise RuntimeError("The model was changed after the sweep was made: make a new sweep.")
 
     def _from_stored(self, wanted: dict[Any, _Reduction], stored: Tensor) -> None:
         flat = stored.flatten(0, 2)
@@ -395,6 +421,8 @@ class OcclusionSweep:
         with (
             torch.no_grad(),
             _precision(self._tf32),
+            # As it was when the sweep was made; the captured layers ran without it.
+            torch.autocast(self._images.device.type, dtype=self._autocast[1], enabled=self._autocast[0]),
             Progress(total, "windows", self._progress, "occlusion") as bar,
         ):
             bar.advance(total - int(state.left.sum()))
@@ -447,8 +475,13 @@ class OcclusionSweep:
         seen = self._results.pop("watched").float().cpu()[:, self._coarse[0]][:, :, self._coarse[1]]
         low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
         spread = (high - low).clamp_min(1e-30)
+        # A grid of one row or column has cells all the same.
+        coarse = [np.append(each, each) if len(each) == 1 else each for each in coarse]
+        seen = seen.repeat_interleave(2, 1) if seen.shape[1] == 1 else seen
+        seen = seen.repeat_interleave(2, 2) if seen.shape[2] == 1 else seen
         corners = torch.stack([seen[:, :-1, :-1], seen[:, 1:, :-1], seen[:, :-1, 1:], seen[:, 1:, 1:]])
-        varies = ((corners.amax(0) - corners.amin(0)) / spread > tolerance).any(-1)
+        # NaN counts as varying.
+        varies = ~((corners.amax(0) - corners.amin(0)) / spread <= tolerance).all(-1)
         marked = mask.clone()
         rows, cols = coarse
         for image, row, col in varies.nonzero().tolist():
@@ -528,163 +561,6 @@ def _nearest(places: Tensor, count: int) -> Tensor:
 
 
 # -- arguments
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -461,8 +461,8 @@ def test_wide_convolutions(dtype):
     """Wide enough for Winograd's way in float32; single precision is as near to the truth as brute force is."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 128, 3, 2, 1), nn.ReLU(), nn.Conv2d(128, 160, 3, padding=1), nn.ReLU6(), nn.MaxPool2d(2),
-        nn.Conv2d(160, 128, 3, padding=(0, 2)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 7),
+        nn.Conv2d(3, 192, 3, 2, 1), nn.ReLU(), nn.Conv2d(192, 200, 3, padding=1), nn.ReLU6(), nn.MaxPool2d(2),
+        nn.Conv2d(200, 192, 3, padding=(0, 2)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 7),
     ).eval()  # fmt: skip
     x = images(2, 3, 45, 38, torch.float64)
     truth = brute_force(model.double(), x, 9, 7)
@@ -713,3 +713,275 @@ def test_no_images():
 def test_rows_agree_scales_with_the_values():
     assert rows_agree(torch.tensor([1e6, 1.0]), torch.tensor([1e6 + 1, 1.0]))
     assert not rows_agree(torch.tensor([1.0]), torch.tensor([1.1]))
+
+
+# -- what an attack found
+
+
+def average(x):
+    return x.mean((2, 3))
+
+
+class TwoViews(nn.Module):
+    """Features and their mirror image in one batch of twice the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.d = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x):
+        f = F.max_pool2d(self.c(x).relu(), 8)
+        a, b = average(self.d(torch.cat([f, f.flip(3)]))).chunk(2)
+        return a + b
+
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 5), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return torch.stack([average(self.a(x)), average(self.b(x))]).mean(0)
+
+
+class Sized(nn.Module):
+    """Arithmetic with the batch size."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return average(self.c(x) / x.shape[0] * x.shape[0]) + (x.size(0) + 1) * 0
+
+
+class SplitAndClamped(nn.Module):
+    """Writes through a view; nothing shows it on the clean image."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.c(x)
+        a, _ = torch.tensor_split(y, 2, 1)
+        a.clamp_(max=6.0)
+        return average(y)
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small_net()
+
+    def forward(self, x):
+        return self.net(x.sub_(0.5).div_(2.0))
+
+
+@pytest.mark.parametrize("build", [TwoViews, Stacked, Sized, SplitAndClamped, WritesToItsInput])
+def test_unusual_models(build):
+    torch.manual_seed(0)
+    model, x = build().double().eval(), images(1, 3, 48, 48).abs()
+    before = x.clone()
+    sweep = occlusion_sweep(model, x, 12, 9, fill=50.0)
+    close(sweep.scores(), brute_force(lambda y: model(y.clone()), x, 12, 9, 50.0))
+    assert torch.equal(x, before)
+
+
+def test_views_that_are_written_through():
+    for view in (
+        lambda y: y.view_as(y), lambda y: y.mT, lambda y: y.diagonal(0, 2, 3), lambda y: y.unbind(1)[0],
+        lambda y: y.swapaxes(2, 3),
+        lambda y: y.unfold(2, 3, 3), lambda y: y.expand_as(y), lambda y: y.as_strided((1, 1), (1, 1)),
+    ):  # fmt: skip
+
+        class Written(nn.Module):
+            def forward(self, x, view=view):
+                y = x * 1.0
+                view(y).relu_()
+                return average(y)
+
+        model, x = Written().eval(), images(1, 3, 9, 9).abs()
+        close(occlusion_sweep(model, x, 4, 3, fill=-1.0).scores(), brute_force(model, x, 4, 3, -1.0))
+
+
+def test_all_classes_in_another_order():
+    model, x = small_net(classes=3), images(2)
+    plain, mixed = occlusion_sweep(model, x, 8, 8), occlusion_sweep(model, x, 8, 8, targets=[1, 2, 0])
+    close(mixed.clean, plain.clean[:, [1, 2, 0]])
+    close(mixed.scores(), plain.scores()[..., [1, 2, 0]])
+    close(mixed.attribution(2), plain.attribution(2))
+
+
+def test_chosen_classes_leave_feature_maps_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    model, x = model.double().eval(), images(2)
+    chosen = occlusion_sweep(model, x, 8, 8, targets=[2])
+    for channel in (0, 5, "strongest"):
+        close(
+            chosen.activation_map("3", channel), occlusion_sweep(model, x, 8, 8).activation_map("3", channel)
+        )
+
+
+def test_chosen_classes_behind_a_softmax():
+    model, x = nn.Sequential(small_net(), nn.Softmax(1)).eval(), images(2)
+    sweep = occlusion_sweep(model, x, 8, 8, targets=[3, 1])
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.scores(), brute_force(model, x, 8, 8)[..., [3, 1]])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("width", [8, 192])
+def test_an_occluder_without_a_number(value, width):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3),
+    ).eval()  # fmt: skip
+    x = images(1, dtype=torch.float32)
+    found, truth = occlusion_sweep(model, x, 8, 8, fill=value).scores(), brute_force(model, x, 8, 8, value)
+    torch.testing.assert_close(found, truth, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_changes_of_settings_are_noticed():
+    model, x = nn.Sequential(nn.Hardtanh(0.0, 9.0), *small_net()).eval(), images(1).abs()
+    occlusion_sweep(model, x, 8, 8).scores()
+    model[0].min_val = -9.0  # nothing of it shows on the clean image
+    close(occlusion_sweep(model, x, 8, 8, fill=-2.0).scores(), brute_force(model, x, 8, 8, -2.0))
+    model[0] = nn.LeakyReLU(0.3).eval()
+    close(occlusion_sweep(model, x, 8, 8, fill=-2.0).scores(), brute_force(model, x, 8, 8, -2.0))
+
+
+def test_changes_after_the_sweep_was_made():
+    model, x = small_net(), images(1).contiguous(memory_format=torch.channels_last)
+    truth = brute_force(model, x, 8, 8)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    x.zero_()
+    close(sweep.scores(), truth)
+    late = occlusion_sweep(model, x, 8, 8)
+    with torch.no_grad():
+        model[-1].bias.add_(5)
+    with pytest.raises(RuntimeError, match="changed after the sweep"):
+        late.scores()
+
+
+def test_results_belong_to_the_caller():
+    model, x = small_net(), images(1)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    expected = sweep.attribution(0)
+    sweep.score_map(0).zero_()
+    sweep.scores().zero_()
+    sweep.reduce(lambda scores: scores.zero_())
+    close(sweep.attribution(0), expected)
+    close(sweep.scores(), brute_force(model, x, 8, 8))
+
+
+def test_autocast_is_that_of_the_beginning():
+    model, x = small_net().float(), images(1, dtype=torch.float32)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = sweep.scores()
+    close(found, brute_force(model, x, 8, 8), 1e-4)
+
+
+@pytest.mark.parametrize("size", [(4, 40), (40, 4)])
+def test_refine_of_one_row_or_column(size):
+    model, x = small_net(), images(1, 3, *size)
+    sweep = occlusion_sweep(model, x, 4, 1, refine=4, refine_tolerance=0.0)
+    assert sweep.evaluated.all()
+
+
+def test_a_sweep_in_two_threads():
+    model, x = small_net(), images(2)
+    sweep, found = occlusion_sweep(model, x, 6, 3), []
+    threads = [threading.Thread(target=lambda: found.append(sweep.scores())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for each in found:
+        close(each, brute_force(model, x, 6, 3))
+
+
+def test_models_for_one_image_and_in_training_mode():
+    net, x = small_net(), images(1)
+
+    def single(y):
+        assert y.shape[0] == 1
+        return net(y)
+
+    close(occlusion_sweep(single, x, 8, 8).scores(), brute_force(net, x, 8, 8))
+    ours, theirs = small_net().train(), small_net().train()
+    batch = images(2)
+    occlusion_sweep(ours, batch, 8, 8)
+    theirs(batch)
+    assert torch.equal(ours[1].running_mean, theirs[1].running_mean)
+
+
+def test_threads_of_later_threads():
+    before, seen = torch.get_num_threads(), []
+
+    def look(scores):
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return scores
+
+    occlusion_sweep(small_net(), images(2), 4, 2).reduce(look)
+    assert set(seen) == {before} and torch.get_num_threads() == before
+
+
+def test_a_module_that_returns_something_else():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            self.aside = self.b(x)
+            return y
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Aside()
+
+        def forward(self, x):
+            return average(self.block(x) + self.block.aside)
+
+    model, x = Whole().double().eval(), images(1)
+    with torch.no_grad():
+        model(x)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    truth = brute_force(lambda y: model.block(y).sum((2, 3)), x, 8, 8)[..., 1]
+    try:
+        close(sweep.activation_map("block", 1), truth)
+    except ValueError as error:
+        assert "incremental=False" in str(error)
+
+
+def test_a_layer_that_does_not_run():
+    net = small_net()
+    net.unused = nn.Conv2d(3, 2, 1)
+
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.aside = net, nn.Conv2d(3, 2, 1).double()
+
+        def forward(self, x):
+            return self.net[:9](x)
+
+    for incremental in (True, False):
+        with pytest.raises(ValueError, match="'aside'"):
+            occlusion_sweep(Skips().eval(), images(1), 8, 8, incremental=incremental).activation_map("aside")
