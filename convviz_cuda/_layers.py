@@ -118,7 +118,7 @@ class Layer:
         assert self.windows is not None and self.weight is not None
         stride = [axis.stride for axis in self.windows]
         dilation = [axis.dilation for axis in self.windows]
-        if self.tiles is not None and x.numel():
+        if self.tiles is not None and x.numel() and self._tiles_fit(x, padding):
             low, high = self.activation or (-math.inf, math.inf)
             return winograd_conv2d(x, self.tiles, self.bias, list(padding), low, high)
         if self.packed is not None and x.numel():
@@ -140,6 +140,11 @@ class Layer:
         bias, activation = (self.bias, self.activation) if finish else (None, None)
         out = F.conv2d(x, self.weight, bias, stride, padding, dilation, self.groups)
         return clamp_(out, activation)
+
+    def _tiles_fit(self, x: Tensor, padding: Sequence[int]) -> bool:
+        """Whether Winograd's 2x2 tiles waste little at the edges of a result of this size."""
+        height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
+        return (height + height % 2) * (width + width % 2) <= 1.2 * height * width
 
     @property
     def is_linear(self) -> bool:
@@ -165,7 +170,6 @@ class Layer:
         assert self.windows is not None
         if self.is_tiled and pays(*weight.shape[1::-1]):
             self.tiles = winograd_weight(weight)
-            return
         try:  # Ops of Inductor's: where they are missing or have changed, the plain convolution serves.
             self.packed = (
                 weight.flatten(1).contiguous()
