@@ -167,35 +167,43 @@ class Incremental:
                         assert bases is not None
                         workers.submit(_run, program, group, images, fill, bases, sums, finite, now, begin)
                         late = time.monotonic() - since > PATIENCE
-                        for batch in workers.done(wait_for_all=late):
-                            waiting[0].append(batch)
-                            bar.advance(len(batch.place))
-                        yield from self._advance(network, plan, waiting, workers, flush=late)
+                        self._collect(workers, waiting, bar, wait_for_all=late)
+                        yield from self._advance(network, plan, waiting, workers, bar, flush=late)
                         since = time.monotonic() if late else since
-                for batch in workers.done(wait_for_all=True):
-                    waiting[0].append(batch)
-                    bar.advance(len(batch.place))
-                yield from self._advance(network, plan, waiting, workers, flush=True)
+                self._collect(workers, waiting, bar, wait_for_all=True)
+                yield from self._advance(network, plan, waiting, workers, bar, flush=True)
+
+    @staticmethod
+    def _collect(workers: _Workers, waiting: list[list[_Batch]], bar: Progress, wait_for_all: bool) -> None:
+        for batch in workers.done(wait_for_all):
+            waiting[batch.stage].append(batch)
+            bar.advance(len(batch.place) if batch.stage == 0 else 0)
 
     def _advance(
-        self, network: Network, plan: _Plan, waiting: list[list[_Batch]], workers: _Workers, flush: bool
+        self,
+        network: Network,
+        plan: _Plan,
+        waiting: list[list[_Batch]],
+        workers: _Workers,
+        bar: Progress,
+        flush: bool,
     ) -> Iterator[Part]:
-        """The stages for which enough windows wait, or all."""
-        for number, stage in enumerate(plan.stages):
-            if not flush and sum(len(b.place) for b in waiting[number]) < stage.batch:
-                continue
-            for batch in _batches(waiting[number], stage.batch, flush):
-                values: dict[int, Any] = {stage.source: batch.value}
-                for index, gone in zip(stage.layers, stage.drops, strict=True):
-                    layer = network.layers[index]
-                    values[index] = layer.run([values[source] for source in layer.inputs])
-                    for source in gone:
-                        del values[source]
-                result = batch._replace(value=values[stage.layers[-1] if stage.layers else stage.source])
-                if number + 1 < len(plan.stages):
-                    waiting[number + 1].append(result)
-                else:
-                    yield self._part(network, plan, result)
+        """The stages for which enough windows wait, or all: maps by the workers, the rest by all cores together."""
+        maps, rest = plan.stages
+        if maps.layers:
+            count = maps.batch
+            if flush:  # every worker has a share of what is left
+                count = min(count, -(-sum(len(b.place) for b in waiting[0]) // workers.count) or 1)
+            for batch in _batches(waiting[0], count, flush):
+                workers.submit(_run_stage, network, maps, batch)
+                self._collect(workers, waiting, bar, wait_for_all=False)
+            if flush:
+                self._collect(workers, waiting, bar, wait_for_all=True)
+        else:
+            waiting[1] += waiting[0]
+            waiting[0].clear()
+        for batch in _batches(waiting[1], rest.batch, flush):
+            yield self._part(network, plan, _run_stage(network, rest, batch))
 
     def _part(self, network: Network, plan: _Plan, batch: _Batch) -> Part:
         place = batch.place.to(self.images.device)
@@ -255,6 +263,7 @@ class _Batch(NamedTuple):
     value: Tensor
     place: Tensor
     probes: dict[int, Tensor]
+    stage: int = 0  # the one that it waits for
 
 
 def _batches(waiting: list[_Batch], count: int, flush: bool) -> Iterator[_Batch]:
@@ -265,14 +274,14 @@ def _batches(waiting: list[_Batch], count: int, flush: bool) -> Iterator[_Batch]
         joined = first
         if len(waiting) > 1:
             places = torch.cat([b.place for b in waiting])
-            joined = _Batch(torch.cat([b.value for b in waiting]), places, probes)
+            joined = _Batch(torch.cat([b.value for b in waiting]), places, probes, first.stage)
         waiting[:] = [] if len(joined.place) <= count else [_sliced(joined, slice(count, None))]
         yield _sliced(joined, slice(count))
 
 
 def _sliced(batch: _Batch, where: slice) -> _Batch:
     probes = {index: sums[where] for index, sums in batch.probes.items()}
-    return _Batch(batch.value[where], batch.place[where], probes)
+    return _Batch(batch.value[where], batch.place[where], probes, batch.stage)
 
 
 def _run(
@@ -290,6 +299,17 @@ def _run(
     return _Batch(value, _global(group, variants, begin), probes)
 
 
+def _run_stage(network: Network, stage: _Stage, batch: _Batch) -> _Batch:
+    values: dict[int, Any] = {stage.source: batch.value}
+    for index, gone in zip(stage.layers, stage.drops, strict=True):
+        layer = network.layers[index]
+        values[index] = layer.run([values[source] for source in layer.inputs])
+        for source in gone:
+            del values[source]
+    last = stage.layers[-1] if stage.layers else stage.source
+    return batch._replace(value=values[last], stage=batch.stage + 1)
+
+
 def _alone(barrier: threading.Barrier) -> None:
     barrier.wait()  # so that each worker takes one of these calls
     torch.set_num_threads(1)
@@ -304,18 +324,18 @@ class _Workers:
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
-        self._count = count if device.type == "cpu" else 1
+        self.count = count if device.type == "cpu" else 1
         self._waiting: collections.deque[Any] = collections.deque()
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def __enter__(self) -> _Workers:
-        if self._count > 1:
+        if self.count > 1:
             self._threads = torch.get_num_threads()
-            self._pool = concurrent.futures.ThreadPoolExecutor(self._count, "convviz-sweep")
+            self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "convviz-sweep")
             # The setting is a thread's own, except that threads which begin later take over the last one
             # made: so all # workers make theirs now, and it is put back before anything runs.
-            barrier = threading.Barrier(self._count)
-            for ready in [self._pool.submit(_alone, barrier) for _ in range(self._count)]:
+            barrier = threading.Barrier(self.count)
+            for ready in [self._pool.submit(_alone, barrier) for _ in range(self.count)]:
                 ready.result()
             torch.set_num_threads(self._threads)
         return self
@@ -333,7 +353,7 @@ class _Workers:
                 yield self._waiting.popleft()
             return
         while self._waiting and (
-            wait_for_all or len(self._waiting) > 2 * self._count or self._waiting[0].done()
+            wait_for_all or len(self._waiting) > 2 * self.count or self._waiting[0].done()
         ):
             yield self._waiting.popleft().result()
 
@@ -395,7 +415,7 @@ class _Plan:
             self.programs.append((group, program, int(max(1, min(by_memory, max(by_size, 4), 4096)))))
         # What waits for a stage is held beside what runs in it.
         self.stages = []
-        for stage, share in zip(stages, (4, 4), strict=True):
+        for stage, share in zip(stages, (4 * self.workers, 4), strict=True):
             by_memory = left // share // max(1, 2 * stage.peak * itemsize)
             by_size = 4 * engine.costs.chunk // max(1, stage.peak * itemsize)
             self.stages.append(stage._replace(batch=int(max(1, min(by_memory, max(by_size, 16), 1024)))))
