@@ -128,7 +128,7 @@ class Layer:
             elif self.activation is not None:
                 name, scalars = "hardtanh", list(self.activation)
             onednn = torch.ops.mkldnn
-            if self.is_linear and padding[0] == padding[1] == 0:
+            if self.is_linear:
                 # Pixels are the rows of a matrix; oneDNN's 1x1 convolutions are slow for some sizes.
                 pixels = x.permute(0, 2, 3, 1)
                 return onednn._linear_pointwise(pixels, self.packed, self.bias, name, scalars, "").permute(
@@ -150,7 +150,7 @@ class Layer:
     def is_linear(self) -> bool:
         """Whether each output pixel is a linear function of one input pixel."""
         assert self.windows is not None
-        return self.groups == 1 and all(a.kernel == a.stride == 1 for a in self.windows)
+        return self.groups == 1 and all((a.kernel, a.stride, a.padding) == (1, 1, 0) for a in self.windows)
 
     @property
     def is_tiled(self) -> bool:

@@ -46,7 +46,7 @@ class Incremental:
     def __init__(self, sweep: OcclusionSweep, network: Network) -> None:
         self.raw = network
         self.images = sweep._images.contiguous(memory_format=torch.channels_last)
-        self.fill = sweep._fill
+        self.fill = sweep._fill.to(self.images.dtype)
         self.spans, self.shape = sweep.spans, sweep.shape
         self.classes, self.limit = sweep.classes, sweep.memory_limit
         self.costs = costs(self.images.device)
@@ -61,37 +61,20 @@ class Incremental:
         self.clean = self._clean()
 
     def _network(self, layers: tuple[str, ...]) -> Network:
+        """The layers as they run: prepared once for all sweeps of the model, chosen classes cut out of the last."""
         keep = tuple(self.raw.layer_index(name) for name in layers)
-        classes = None if self.classes is None else tuple(self.classes)
-        key = ("network", keep, classes, self.finite)
-        derived = self.raw.derived
-        if key not in derived:
-            while len(derived) > 8:  # a model swept for each of its classes does not keep a copy for each
-                derived.pop(next(iter(derived)))
-            network = self.raw.optimised(keep, pack=self.finite)
-            if classes is not None:
-                network = network.selected(classes)
-            derived[key] = network
-        return derived[key]
+        network = self.raw.remember(
+            ("optimised", keep, self.finite), lambda: self.raw.optimised(keep, pack=self.finite)
+        )
+        if self.classes is None:
+            return network
+        classes = self.classes
+        return network.remember(("selected", *classes), lambda: network.selected(classes))
 
     def _plan(self, network: Network, layers: tuple[str, ...]) -> _Plan:
-        rows, cols = self.spans
-        threads = torch.get_num_threads()
-        key = (
-            "plan",
-            rows.tobytes(),
-            cols.tobytes(),
-            self.images.device,
-            layers,
-            self.limit,
-            self.shape[0],
-            threads,
-        )
-        if key not in network.derived:
-            while len(network.derived) > 8:
-                network.derived.pop(next(iter(network.derived)))
-            network.derived[key] = _Plan(network, self, layers)
-        return network.derived[key]
+        spans = [each.tobytes() for each in self.spans]
+        key = ("plan", *spans, self.images.device, layers, self.limit, self.shape[0], torch.get_num_threads())
+        return network.remember(key, lambda: _Plan(network, self, layers))
 
     def _clean(self) -> Tensor:
         if len(self.images) <= self.plan.block:
@@ -300,14 +283,8 @@ def _run(
 
 
 def _run_stage(network: Network, stage: _Stage, batch: _Batch) -> _Batch:
-    values: dict[int, Any] = {stage.source: batch.value}
-    for index, gone in zip(stage.layers, stage.drops, strict=True):
-        layer = network.layers[index]
-        values[index] = layer.run([values[source] for source in layer.inputs])
-        for source in gone:
-            del values[source]
-    last = stage.layers[-1] if stage.layers else stage.source
-    return batch._replace(value=values[last], stage=batch.stage + 1)
+    value, _ = network.run(batch.value, source=stage.source, end=stage.end)
+    return batch._replace(value=value, stage=batch.stage + 1)
 
 
 def _alone(barrier: threading.Barrier) -> None:
@@ -333,7 +310,7 @@ class _Workers:
             self._threads = torch.get_num_threads()
             self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "convviz-sweep")
             # The setting is a thread's own, except that threads which begin later take over the last one
-            # made: so all # workers make theirs now, and it is put back before anything runs.
+            # made: so all workers make theirs now, and it is put back before anything runs.
             barrier = threading.Barrier(self.count)
             for ready in [self._pool.submit(_alone, barrier) for _ in range(self.count)]:
                 ready.result()
@@ -364,13 +341,15 @@ class _Workers:
 
 
 class _Stage(NamedTuple):
-    """Layers that see whole values only, for windows of all groups together; what each may forget."""
+    """Layers that see whole values only, behind ``source`` to ``end``, for windows of all groups together."""
 
     source: int
-    layers: list[int]
-    drops: list[list[int]]
+    end: int
     batch: int
-    peak: int  # values a variant holds at the worst moment
+
+    @property
+    def layers(self) -> range:
+        return range(self.source + 1, self.end + 1)
 
 
 class _Plan:
@@ -393,9 +372,10 @@ class _Plan:
         if any(0 in program.cached for _, program in built):
             self.cached.add(0)
         cache = sum(math.prod(network.layers[i].shape) for i in self.cached if i) * itemsize
-        running = _peak_of_run(network) * itemsize
-        stages = [_stage(network, a, b) for a, b in itertools.pairwise([*cuts, network.output])]
-        once = 2 * sum(stage.peak for stage in stages) + max(program.peak for _, program in built)
+        running = network.peak() * itemsize
+        ends = list(itertools.pairwise([*cuts, network.output]))
+        peaks = [network.peak(*each) for each in ends]
+        once = 2 * sum(peaks) + max(program.peak for _, program in built)
         least = cache + max(running, once * itemsize)
         if least > engine.limit:
             raise ValueError(
@@ -405,7 +385,7 @@ class _Plan:
         self.block = max(1, min(engine.shape[0], half // max(1, cache + running)))
         left = engine.limit - self.block * cache
         # Two chunks a worker are under way, each as its value at least.
-        self.workers = threads = torch.get_num_threads() if engine.images.device.type == "cpu" else 1
+        threads = torch.get_num_threads() if engine.images.device.type == "cpu" else 1
         most = left // 2 // max(1, 2 * max(program.peak for _, program in built) * itemsize)
         self.workers = max(1, min(threads, most))
         self.programs = []
@@ -415,10 +395,10 @@ class _Plan:
             self.programs.append((group, program, int(max(1, min(by_memory, max(by_size, 4), 4096)))))
         # What waits for a stage is held beside what runs in it.
         self.stages = []
-        for stage, share in zip(stages, (4 * self.workers, 4), strict=True):
-            by_memory = left // share // max(1, 2 * stage.peak * itemsize)
-            by_size = 4 * engine.costs.chunk // max(1, stage.peak * itemsize)
-            self.stages.append(stage._replace(batch=int(max(1, min(by_memory, max(by_size, 16), 1024)))))
+        for (source, end), peak, share in zip(ends, peaks, (4 * self.workers, 4), strict=True):
+            by_memory = left // share // max(1, 2 * peak * itemsize)
+            by_size = 4 * engine.costs.chunk // max(1, peak * itemsize)
+            self.stages.append(_Stage(source, end, int(max(1, min(by_memory, max(by_size, 16), 1024)))))
 
 
 def _cuts(network: Network, groups: Sequence[Group], probes: Sequence[int]) -> tuple[int, int]:
@@ -450,34 +430,6 @@ def _cuts(network: Network, groups: Sequence[Group], probes: Sequence[int]) -> t
     return first, flat[0] if flat else network.output
 
 
-def _stage(network: Network, source: int, end: int) -> _Stage:
-    layers = list(range(source + 1, end + 1))
-    last = {s: index for index in layers for s in network.layers[index].inputs}
-    drops = [
-        [s for s in dict.fromkeys(network.layers[i].inputs) if last[s] == i and s != end] for i in layers
-    ]
-    size = [math.prod(abs(n) for n in layer.shape) for layer in network.layers]
-    live = peak = size[source]
-    for index, gone in zip(layers, drops, strict=True):
-        live += size[index]
-        peak = max(peak, live)
-        live -= sum(size[s] for s in gone)
-    return _Stage(source, layers, drops, 1, peak)
-
-
-def _peak_of_run(network: Network) -> int:
-    """Values of one image that live at once when the network runs."""
-    last = {source: index for index, layer in enumerate(network.layers) for source in layer.inputs}
-    live = peak = 0
-    for index, layer in enumerate(network.layers):
-        live += math.prod(abs(n) for n in layer.shape)
-        peak = max(peak, live)
-        for source in set(layer.inputs):
-            if last[source] == index:
-                live -= math.prod(abs(n) for n in network.layers[source].shape)
-    return peak
-
-
 class BruteForce:
     """Whole masked images through the model as it is."""
 
@@ -495,7 +447,7 @@ class BruteForce:
         self._sums: dict[str, Tensor] = {}
         each = self.images[:1].numel() * self.images.element_size()
         # What the model itself needs is not known; forty times its input is common. On the CPU a few images
-        # stay in # the caches.
+        # stay in the caches.
         most = 8 if self.images.device.type == "cpu" else 128
         self.most = int(max(1, min(most, sweep.memory_limit // max(1, 40 * each))))
 

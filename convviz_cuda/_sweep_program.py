@@ -54,10 +54,8 @@ class Program:
         self.cached: set[int] = set()  # layers whose clean activations the steps read
         self.steps: list[Step] = []
         self.notes: dict[int, str] = {}
-        self._sizes: list[int] = []  # values per variant that each step makes, for the estimate of memory
-        self._full: dict[
-            int, int
-        ] = {}  # layer -> slot of its value on the whole map, where it was made for a reader
+        # layer -> slot of its value on the whole map, where that was made for a reader
+        self._full: dict[int, int] = {}
         self._drawn = False
         # Bias and bounds that a convolution left for the reader of its rectangle to apply.
         self._pending: dict[int, tuple[Tensor | None, float, float]] = {}

@@ -14,7 +14,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,17 +84,53 @@ class Network:
                 readers[source].append(index)
         return readers
 
-    def run(self, images: Tensor, keep: Iterable[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """The output (N, ...) for images (N, C, H, W), and the values of the layers in ``keep``."""
-        keep = set(keep)
-        last = {source: index for index, layer in enumerate(self.layers) for source in layer.inputs}
-        values: dict[int, Any] = {0: images}
-        for index, layer in enumerate(self.layers[1:], start=1):
-            values[index] = layer.run([values[source] for source in layer.inputs])
-            for source in set(layer.inputs):
-                if last[source] == index and source not in keep and source != self.output:
-                    del values[source]
-        return values[self.output], {index: values[index] for index in keep}
+    def run(
+        self, value: Tensor, keep: Iterable[int] = (), source: int = 0, end: int | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The output (N, ...) for images (N, C, H, W), and the values of the layers in ``keep``.
+
+        Or a part: from the value of the layer ``source``, on which alone the layers to ``end`` must depend.
+        """
+        keep, end = set(keep), self.output if end is None else end
+        values: dict[int, Any] = {source: value}
+        for index, gone in enumerate(self._forgotten(source, end, keep), start=source + 1):
+            layer = self.layers[index]
+            values[index] = layer.run([values[each] for each in layer.inputs])
+            for each in gone:
+                del values[each]
+        return values[end], {index: values[index] for index in keep}
+
+    def peak(self, source: int = 0, end: int | None = None) -> int:
+        """How many values of one image live at once in :meth:`run`."""
+        end = self.output if end is None else end
+        size = [math.prod(abs(n) for n in layer.shape) for layer in self.layers]
+        live = peak = size[source]
+        for index, gone in enumerate(self._forgotten(source, end, ()), start=source + 1):
+            live += size[index]
+            peak = max(peak, live)
+            live -= sum(size[each] for each in gone)
+        return peak
+
+    def _forgotten(self, source: int, end: int, keep: Collection[int]) -> list[list[int]]:
+        """For each layer from ``source`` to ``end``, whose values nobody needs after it."""
+        run = range(source + 1, end + 1)
+        last = {each: index for index in run for each in self.layers[index].inputs}
+        return [
+            [
+                each
+                for each in set(self.layers[i].inputs)
+                if last[each] == i and each not in keep and each != end
+            ]
+            for i in run
+        ]
+
+    def remember(self, key: Any, make: Callable[[], Any], most: int = 8) -> Any:
+        """What was worked out of this network under a key before, else what ``make`` gives, for the next call."""
+        if key not in self.derived:
+            while len(self.derived) >= most:
+                self.derived.pop(next(iter(self.derived)))
+            self.derived[key] = make()
+        return self.derived[key]
 
     def layer_index(self, name: str) -> int:
         """The layer whose value is the output of the module ``name``; ValueError if there is none."""
@@ -237,7 +273,7 @@ def _fold(convolution: Layer, scale: Tensor, shift: Tensor) -> None:
 
 _captured: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Network]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
-_PLAIN = (int, float, bool, str, tuple, type(None))
+_PLAIN = (int, float, bool, str, type(None))
 
 
 def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
@@ -272,9 +308,9 @@ def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
 
 
 def is_current(network: Network, model: nn.Module, images: Tensor) -> bool:
-    """Whether a model still is what was captured."""
+    """Whether the tensors and modes of a model still are those that were captured; settings do not matter any more."""
     try:
-        return _key(model, images) == network.key
+        return _key(model, images)[0] == network.key[0]
     except CannotCapture:
         return False
 
@@ -290,13 +326,17 @@ def _key(model: nn.Module, images: Tensor) -> Any:
         if isinstance(module, torch.jit.ScriptModule):
             raise CannotCapture(f"The module {name or type(model).__name__!r} is scripted.")
         # Plain attributes hold a module's settings: strides, slopes, bounds.
-        settings.append((id(module), *(v for v in vars(module).values() if type(v) in _PLAIN)))
+        settings.append((id(module), *(v for v in vars(module).values() if _is_plain(v))))
     tensors = [*model.parameters(), *model.buffers()]
     try:
         state = tuple((id(t), t._version, t.data_ptr()) for t in tensors)
     except RuntimeError as error:
         raise CannotCapture(f"The parameters of the model cannot be followed: {error}") from None
-    return tuple(images.shape[1:]), images.dtype, images.device, state, tuple(settings)
+    return (tuple(images.shape[1:]), images.dtype, images.device, state), tuple(settings)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _capture(model: nn.Module, images: Tensor) -> Network:

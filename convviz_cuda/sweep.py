@@ -16,7 +16,6 @@ import copy
 import math
 import numbers
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -140,8 +139,9 @@ class OcclusionSweep:
         self.shape = (images.shape[0], len(self.spans[0]), len(self.spans[1]))
         self._original = images.detach().clone()  # what the caller does to his later changes nothing
         fill = fill_values(self._original, fill, seed).clone()
+        dtype = None if dtype == images.dtype else dtype
         self._images = self._original if dtype is None else self._original.to(dtype)
-        self._fill = fill.to(self._images.dtype)
+        self._fill = fill
         self._model, self._tf32, self._progress = model, tf32, progress
         limit = memory_limit if memory_limit is not None else MEMORY.get(images.device.type, 1 << 30)
         self.memory_limit = int(limit)
@@ -165,7 +165,7 @@ class OcclusionSweep:
 
     def _choose(self, incremental: bool, targets: Sequence[int] | None, dtype: torch.dtype | None) -> Any:
         images = self._original
-        reference = self._forward(self._model, images)
+        reference = self._forward(self._model, images.clone())
         classes = reference.shape[1]
         self.classes = _class_list(targets, classes)
         self._column = None if self.classes is None else {c: i for i, c in enumerate(self.classes)}
@@ -190,12 +190,11 @@ class OcclusionSweep:
         return engine
 
     def _incremental(self, reference: Tensor, dtype: torch.dtype | None) -> Incremental:
-        narrow = dtype is not None and dtype != self._original.dtype
         for again in (False, True):
             self._captured = network = capture(self._model, self._original, again=again)
             # What was captured must give the model's own scores; a forward of the clean images is needed
             # anyway.
-            engine = None if narrow else Incremental(self, network)
+            engine = None if dtype is not None else Incremental(self, network)
             clean = self._as_scores(network.run(self._original)[0]) if engine is None else engine.clean
             if rows_agree(clean, reference if engine is None else self._select(reference)):
                 break
@@ -204,9 +203,10 @@ class OcclusionSweep:
                 "The captured layers do not give the model's own scores (does it change from call to call?)."
             )
         if engine is None:
-            if ("dtype", dtype) not in network.derived:
-                network.derived["dtype", dtype] = capture(copy.deepcopy(self._model).to(dtype), self._images)
-            engine = Incremental(self, network.derived["dtype", dtype])
+            narrow = network.remember(
+                ("dtype", dtype), lambda: capture(copy.deepcopy(self._model).to(dtype), self._images)
+            )
+            engine = Incremental(self, narrow)
         return engine
 
     def _crowd_agrees(self, reference: Tensor, layout: torch.memory_format) -> bool:
@@ -232,8 +232,8 @@ class OcclusionSweep:
         return BruteForce(self, self._model, False, why)
 
     def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        # A copy: the model may write to its input.
-        return self._as_scores(model(images.clone()), len(images))
+        """Scores (N, K); the model may write to its input, so that images which are still needed come as a copy."""
+        return self._as_scores(model(images), len(images))
 
     def _as_scores(self, scores: Any, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
@@ -256,17 +256,12 @@ class OcclusionSweep:
     def scores(self) -> Tensor:
         """(B, R, Q, K): all scores of all positions (of the classes in ``targets`` where given), on the
         images' device."""
-        return self.reduce(_identity, "scores")
+        return self._gather(_SCORES)[0]
 
-    def reduce(self, function: Callable[[Tensor], Tensor], name: Any = None) -> Tensor:
+    def reduce(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, R, Q, ...): ``function`` of each chunk's scores, (n, K) -> (n, ...), without ever holding all
-        scores.
-
-        ``name``: under which the result is remembered.
-        """
-        return self._gather(
-            {name if name is not None else function: _Reduction(lambda part: function(part.scores.clone()))}
-        )[0]
+        scores."""
+        return self._gather({function: _Reduction(lambda part: function(part.scores.clone()))})[0]
 
     def score_map(self, target: int | Sequence[int] | Tensor) -> Tensor:
         """(B, R, Q): the score of the target class (one for all images, or one an image)."""
@@ -278,12 +273,12 @@ class OcclusionSweep:
     def probability_map(self, target: int | Sequence[int] | Tensor) -> Tensor:
         """(B, R, Q): the softmax probability of the target class at each position: Zeiler & Fergus, figure 7
         (d)."""
-        return self._gather({**self._probability(target)})[0]
+        return self._gather(self._probability(target))[0]
 
     def label_map(self) -> Tensor:
         """(B, R, Q), int64: the class of the highest score at each position: Zeiler & Fergus, figure 7
         (e)."""
-        return self._gather({**self._label()})[0]
+        return self._gather(self._label())[0]
 
     def activation_map(self, layer: str, channel: int | str | Sequence[int] = "strongest") -> Tensor:
         """(B, R, Q): a feature map's summed activation at each position: Zeiler & Fergus, figure 7 (b).
@@ -291,7 +286,7 @@ class OcclusionSweep:
         layer: the name of a module (as in ``named_modules``); channel: one for all images, one an image, or
         "strongest": the one whose sum is largest on the clean image.
         """
-        return self._gather({**self._activation(layer, channel)})[0]
+        return self._gather(self._activation(layer, channel))[0]
 
     def maps(
         self,
@@ -371,50 +366,45 @@ class OcclusionSweep:
         return torch.tensor([self._column[c] for c in chosen.tolist()], device=chosen.device)
 
     def _gather(self, wanted: dict[Any, _Reduction]) -> list[Tensor]:
+        """The results of some reductions: remembered, out of the remembered scores, or out of a pass."""
         with self._lock:
+            small = self.memory_limit // 64  # of this size results are remembered
+            if "scores" in self._results and not any(each.layer for each in wanted.values()):
+                return [self._from_stored(each, self._results["scores"]) for each in wanted.values()]
             missing = {name: each for name, each in wanted.items() if name not in self._results}
             if missing:
                 self._check_unchanged()
-                stored = self._results.get("scores")
-                layers = tuple(
-                    dict.fromkeys(each.layer for each in missing.values() if each.layer is not None)
-                )
                 size = math.prod(self.shape) * self.clean.shape[1] * self.clean.element_size()
-                if stored is not None and not layers:
-                    self._from_stored(missing, stored)
-                else:
-                    if stored is None and size <= self.memory_limit // 64:
-                        missing.setdefault("scores", _Reduction(lambda p: p.scores))
-                    self._run(missing, layers)
-            results = []
-            for name in wanted:
-                result = self._results[name]
-                if result.numel() * result.element_size() > self.memory_limit // 64:
-                    del self._results[name]  # too large to be held twice
-                    results.append(result)
-                else:
-                    results.append(result.clone())
-            return results
+                if size <= small and "scores" not in self._results:
+                    missing = {**_SCORES, **missing}
+                found = self._run(missing)
+                self._results.update(
+                    (name, result)
+                    for name, result in found.items()
+                    # What follows from remembered scores is not held again.
+                    if result.numel() * result.element_size() <= small
+                    and (name == "scores" or missing[name].layer or "scores" not in missing)
+                )
+            found = {**self._results, **(found if missing else {})}
+            # What is remembered is not the caller's to change.
+            return [found[name].clone() if name in self._results else found[name] for name in wanted]
 
     def _check_unchanged(self) -> None:
         """A model that changed since the sweep was made would give numbers of two models."""
         if self._captured is not None and not is_current(self._captured, self._model, self._original):
             raise RuntimeError("The model was changed after the sweep was made: make a new sweep.")
 
-    def _from_stored(self, wanted: dict[Any, _Reduction], stored: Tensor) -> None:
+    def _from_stored(self, wanted: _Reduction, stored: Tensor) -> Tensor:
         flat = stored.flatten(0, 2)
-        image = torch.arange(self.shape[0], device=flat.device).repeat_interleave(
-            self.shape[1] * self.shape[2]
-        )
-        for name, each in wanted.items():
-            parts = []
-            for begin in range(0, max(len(flat), 1), 8192):
-                piece = slice(begin, begin + 8192)
-                parts.append(each.function(Part(image[piece], image[piece], image[piece], flat[piece], {})))
-            self._results[name] = torch.cat(parts).view(*self.shape, *parts[0].shape[1:])
+        count = self.shape[1] * self.shape[2]
+        image = torch.arange(self.shape[0], device=flat.device).repeat_interleave(count)
+        pieces = [slice(begin, begin + 8192) for begin in range(0, max(len(flat), 1), 8192)]
+        parts = [wanted.function(Part(image[p], image[p], image[p], flat[p], {})) for p in pieces]
+        return torch.cat(parts).view(*self.shape, *parts[0].shape[1:])
 
-    def _run(self, wanted: dict[Any, _Reduction], layers: tuple[str, ...]) -> None:
-        key = (tuple(wanted), layers)
+    def _run(self, wanted: dict[Any, _Reduction]) -> dict[Any, Tensor]:
+        layers = tuple(dict.fromkeys(each.layer for each in wanted.values() if each.layer is not None))
+        key = tuple(wanted)
         state = self._passes.setdefault(key, _Pass({}, self.evaluated.clone()))
         mask = None if bool(self.evaluated.all()) else self.evaluated
         total = int(self.evaluated.sum())
@@ -436,19 +426,23 @@ class OcclusionSweep:
                         state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
                     state.results[name][place] = value
                 state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
-        for name, each in wanted.items():
-            if name not in state.results:  # not a single window
-                nothing = Part(*(torch.zeros(0, dtype=torch.long, device=self.clean.device),) * 3, self.clean[:0], {
-                    layer: self._engine.channel_sums(layer)[:0] for layer in layers
-                })  # fmt: skip
-                value = each.function(nothing)
+        if not state.results:  # not a single window
+            none = torch.zeros(0, dtype=torch.long, device=self.clean.device)
+            sums = {layer: self._engine.channel_sums(layer)[:0] for layer in layers}
+            for name, each in wanted.items():
+                value = each.function(Part(none, none, none, self.clean[:0], sums))
                 state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
-            result = state.results[name]
-            if mask is not None:
-                result = _interpolated(result, self._coarse)
-                result[mask.to(result.device)] = state.results[name][mask.to(result.device)]
-            self._results[name] = result
         del self._passes[key]
+        return {name: self._completed(result, mask) for name, result in state.results.items()}
+
+    def _completed(self, result: Tensor, mask: Tensor | None) -> Tensor:
+        """What was evaluated, and between it what is interpolated from the coarse grid."""
+        if mask is None:
+            return result
+        mask = mask.to(result.device)
+        whole = _interpolated(result, self._coarse)
+        whole[mask] = result[mask]
+        return whole
 
     # -- sampling and precision
 
@@ -459,20 +453,15 @@ class OcclusionSweep:
         mask = torch.zeros(self.shape, dtype=torch.bool)
         mask[:, self._coarse[0][:, None], self._coarse[1][None, :]] = True
         self.evaluated = mask
-        watched = self.clean if self.classes is not None else None
         best = self.clean.argmax(1)
-        columns = slice(None)
-
-        def watch(part: Part) -> Tensor:
-            # The classes that were asked for, or the one that the clean image is taken for.
-            return (
-                part.scores[:, columns]
-                if watched is not None
-                else _pick(part.scores, best, part.image)[:, None]
-            )
-
-        self._run({"watched": _Reduction(watch)}, ())
-        seen = self._results.pop("watched").float().cpu()[:, self._coarse[0]][:, :, self._coarse[1]]
+        # The classes that were asked for, or the one that the clean image is taken for.
+        watch = _Reduction(
+            (lambda part: part.scores)
+            if self.classes is not None
+            else (lambda part: _pick(part.scores, best, part.image)[:, None])
+        )
+        seen = self._run({"watched": watch})["watched"]
+        seen = seen.float().cpu()[:, self._coarse[0]][:, :, self._coarse[1]]
         low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
         spread = (high - low).clamp_min(1e-30)
         # A grid of one row or column has cells all the same.
@@ -506,7 +495,7 @@ class OcclusionSweep:
                     table[part.image.cpu(), part.row.cpu(), part.col.cpu()] = part.scores.double().cpu()
                 assert table is not None
                 found.append(table[mask])
-        clean = self._select(self._forward(self._model, self._original)).double().cpu()
+        clean = self._select(self._forward(self._model, self._original.clone())).double().cpu()
         spread = float(torch.cat([found[1], clean]).max() - torch.cat([found[1], clean]).min())
         self.error = float((found[0] - found[1]).abs().max()) / max(spread, 1e-30)
 
@@ -523,8 +512,7 @@ class _Pass(NamedTuple):
     left: Tensor
 
 
-def _identity(scores: Tensor) -> Tensor:
-    return scores
+_SCORES = {"scores": _Reduction(lambda part: part.scores)}
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -610,8 +598,6 @@ def _check_arguments(model, images, border, memory_limit, dtype, refine, toleran
         raise ValueError(f"refine must be at least 2, but it is {refine}.")
     if not 0 <= tolerance <= 1:
         raise ValueError(f"refine_tolerance must lie between 0 and 1, but it is {tolerance}.")
-    if torch.is_inference_mode_enabled() and images.requires_grad and not images.is_inference():
-        warnings.warn("occlusion_sweep computes no gradients.", stacklevel=4)
 
 
 def _class_list(targets: Sequence[int] | None, classes: int) -> list[int] | None:

@@ -320,7 +320,7 @@ def test_three_maps_in_one_pass(swept, monkeypatch):
     model, x, _, truth = swept
     sweep = occlusion_sweep(model, x, 7, 4)
     runs = []
-    monkeypatch.setattr(sweep, "_run", lambda *args, run=sweep._run: (runs.append(args), run(*args)))
+    monkeypatch.setattr(sweep, "_run", lambda *args, run=sweep._run: runs.append(args) or run(*args))
     probability, label, activation = sweep.maps([1, 2, 0], "5")
     assert len(runs) == 1
     close(probability, torch.stack([truth.softmax(-1)[i, ..., c] for i, c in enumerate([1, 2, 0])]))
@@ -985,3 +985,69 @@ def test_a_layer_that_does_not_run():
     for incremental in (True, False):
         with pytest.raises(ValueError, match="'aside'"):
             occlusion_sweep(Skips().eval(), images(1), 8, 8, incremental=incremental).activation_map("aside")
+
+
+# -- what a second reading found
+
+
+def test_a_1x1_convolution_with_padding():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 1, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    model, x = model.eval(), images(1, dtype=torch.float32)
+    for incremental in (True, False):
+        close(
+            occlusion_sweep(model, x, 8, 8, incremental=incremental).scores(),
+            brute_force(model, x, 8, 8),
+            1e-5,
+        )
+
+
+def test_sweeps_of_other_classes_share_the_prepared_layers():
+    model, x = small_net().float(), images(1, dtype=torch.float32)
+    first, second = (occlusion_sweep(model, x, 8, 8, targets=[c])._engine.network.layers for c in (0, 3))
+    assert all(a is b for a, b in zip(first[:-1], second[:-1], strict=True)) and first[-1] is not second[-1]
+
+
+def test_reductions_are_not_mistaken_for_maps():
+    def label(scores):
+        return scores.argmin(1)
+
+    model, x = small_net(), images(1)
+    sweep, truth = occlusion_sweep(model, x, 8, 8), brute_force(model, x, 8, 8)
+    assert torch.equal(sweep.reduce(label), truth.argmin(-1))
+    assert torch.equal(sweep.label_map(), truth.argmax(-1))
+    assert len(sweep._results) == 1  # the scores; what follows from them is not held again
+
+
+class Counter(nn.Module):
+    """Counts its calls in a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.calls = small_net(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x)
+
+
+def test_a_module_that_counts_its_calls():
+    model, x = Counter().eval(), images(1)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    assert sweep.explain().startswith("Incremental")
+    model(x)
+    close(sweep.scores(), brute_force(model, x, 8, 8))
+
+
+def test_the_images_own_dtype_is_no_other_one():
+    sweep = occlusion_sweep(lambda y: y.mean((2, 3)), images(1), 8, 8, dtype=torch.float64)
+    assert sweep.error is None
+    close(sweep.scores(), brute_force(lambda y: y.mean((2, 3)), images(1), 8, 8))
+
+
+def test_the_error_of_a_dtype_counts_the_fill():
+    model, x = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), torch.zeros(1, 3, 8, 8)
+    sweep = occlusion_sweep(model, x, 8, 8, fill=1.001, dtype=torch.bfloat16)  # rounds to 1
+    assert sweep.error == pytest.approx(0.001 / 1.001, rel=0.05)
