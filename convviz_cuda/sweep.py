@@ -372,20 +372,19 @@ class OcclusionSweep:
             if "scores" in self._results and not any(each.layer for each in wanted.values()):
                 return [self._from_stored(each, self._results["scores"]) for each in wanted.values()]
             missing = {name: each for name, each in wanted.items() if name not in self._results}
+            found: dict[Any, Tensor] = {}
             if missing:
                 self._check_unchanged()
                 size = math.prod(self.shape) * self.clean.shape[1] * self.clean.element_size()
                 if size <= small and "scores" not in self._results:
                     missing = {**_SCORES, **missing}
                 found = self._run(missing)
-                self._results.update(
-                    (name, result)
-                    for name, result in found.items()
-                    # What follows from remembered scores is not held again.
-                    if result.numel() * result.element_size() <= small
-                    and (name == "scores" or missing[name].layer or "scores" not in missing)
-                )
-            found = {**self._results, **(found if missing else {})}
+            for name, result in found.items():
+                # What follows from remembered scores is not held again.
+                own = name == "scores" or missing[name].layer or "scores" not in missing
+                if own and result.numel() * result.element_size() <= small:
+                    self._results[name] = result
+            found = {**self._results, **found}
             # What is remembered is not the caller's to change.
             return [found[name].clone() if name in self._results else found[name] for name in wanted]
 

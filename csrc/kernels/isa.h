@@ -1,9 +1,18 @@
 // Runs a loop with the widest vectors that this processor has: one portable build, fast everywhere.
 #pragma once
 
-#include <cstdint>
+#include "kernels/types.h"
 
 namespace convviz {
+
+// The loop that calls a functor for each item.
+template <class Item>
+struct EachItem {
+  Item item;
+  CONVVIZ_HD void operator()(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) item(i);
+  }
+};
 
 // The loop is a functor without a target of its own. `flatten` inlines it and all it calls into each wrapper
 // below, and the vectoriser, which runs after inlining, then uses that wrapper's instructions.

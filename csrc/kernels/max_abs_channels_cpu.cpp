@@ -3,30 +3,18 @@
 
 namespace convviz {
 
-namespace {
-
-template <class Item>
-struct Loop {
-  Item item;
-  CONVVIZ_HD void operator()(int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) item(i);
-  }
-};
-
-}  // namespace
-
 template <class T>
 void max_abs_contiguous_cpu(const MaxAbsArgs<T>& args, int64_t begin, int64_t end) {
   using Item = MaxAbsContiguous<T, kMaxAbsBlock>;
-  run_widest(Loop<Item>{{args, Divider(ceil_div(args.pixels, kMaxAbsBlock)), true}}, begin, end);
+  run_widest(EachItem<Item>{{args, Divider(ceil_div(args.pixels, kMaxAbsBlock)), true}}, begin, end);
 }
 
 template <class T>
 void max_abs_channels_last_cpu(const MaxAbsArgs<T>& args, int64_t begin, int64_t end) {
   if (args.channels == 3) {
-    run_widest(Loop<MaxAbsChannelsLast<T, 3>>{{args}}, begin, end);
+    run_widest(EachItem<MaxAbsChannelsLast<T, 3>>{{args}}, begin, end);
   } else {
-    run_widest(Loop<MaxAbsChannelsLast<T, 0>>{{args}}, begin, end);
+    run_widest(EachItem<MaxAbsChannelsLast<T, 0>>{{args}}, begin, end);
   }
 }
 

@@ -3,30 +3,18 @@
 
 namespace convviz {
 
-namespace {
-
-template <class Item>
-struct Loop {
-  Item item;
-  CONVVIZ_HD void operator()(int64_t begin, int64_t end) const {
-    for (int64_t i = begin; i < end; ++i) item(i);
-  }
-};
-
-}  // namespace
-
 template <class T>
 void winograd_input_cpu(const WinogradInputArgs<T>& args, int64_t begin, int64_t end) {
   constexpr int V = kWinogradLanes<T>;
   const Divider groups(ceil_div(args.channels, V));
-  run_widest(Loop<WinogradInput<T, V>>{{args, groups, args.channels % V == 0}}, begin, end);
+  run_widest(EachItem<WinogradInput<T, V>>{{args, groups, args.channels % V == 0}}, begin, end);
 }
 
 template <class T>
 void winograd_output_cpu(const WinogradOutputArgs<T>& args, int64_t begin, int64_t end) {
   constexpr int V = kWinogradLanes<T>;
   const Divider groups(ceil_div(args.channels, V));
-  run_widest(Loop<WinogradOutput<T, V>>{{args, groups, args.channels % V == 0}}, begin, end);
+  run_widest(EachItem<WinogradOutput<T, V>>{{args, groups, args.channels % V == 0}}, begin, end);
 }
 
 #define CONVVIZ_INSTANTIATE(T)                                                        \

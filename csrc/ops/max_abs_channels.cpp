@@ -39,13 +39,6 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(convviz, CPU, m) {
-  implement(m);
-}
-#if defined(CONVVIZ_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(convviz, CUDA, m) {
-  implement(m);
-}
-#endif
+CONVVIZ_IMPLEMENT(implement)
 
 }  // namespace convviz

@@ -159,6 +159,22 @@ void on_cuda(const Tensor& t, const char* op, const F& f) {
 #define CONVVIZ_CUDA_CALL(call) (static_cast<void>(stream), 0)
 #endif
 
+// Registers a file's ops for the devices of this build, through its function on the library.
+#if defined(CONVVIZ_WITH_CUDA)
+#define CONVVIZ_IMPLEMENT(implement)            \
+  STABLE_TORCH_LIBRARY_IMPL(convviz, CPU, m) {  \
+    implement(m);                               \
+  }                                             \
+  STABLE_TORCH_LIBRARY_IMPL(convviz, CUDA, m) { \
+    implement(m);                               \
+  }
+#else
+#define CONVVIZ_IMPLEMENT(implement)           \
+  STABLE_TORCH_LIBRARY_IMPL(convviz, CPU, m) { \
+    implement(m);                              \
+  }
+#endif
+
 inline void check_same_device(const Tensor& a, const Tensor& b, const char* op) {
   STD_TORCH_CHECK(a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(), op,
                   ": all tensors must be on the same device.");
