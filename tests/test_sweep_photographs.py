@@ -35,7 +35,12 @@ def photographs(checkpoints):
     sweep = occlusion_sweep(model, x, WINDOW, STRIDE, border="inside")
     passes = []
     run = sweep._run
-    sweep._run = lambda *arguments: (passes.append(arguments), run(*arguments))
+
+    def counted(wanted):
+        passes.append(wanted)
+        return run(wanted)
+
+    sweep._run = counted
     maps = sweep.maps([object_[0] for object_ in OBJECTS.values()], "features.12")
     assert len(passes) == 1  # three maps in one pass
     return model, x, sweep, maps
