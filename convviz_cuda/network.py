@@ -42,11 +42,12 @@ class Field:
     size: int
     stride: int
 
-    def through(self, axis: Axis) -> Field:
-        """The field behind a layer with this window."""
+    def through(self, axis: Axis, rivals: bool = False) -> Field:
+        """The field behind a layer with this window; with ``rivals``, of all windows that overlap with it."""
+        more = -((axis.reach - 1) // -axis.stride) * axis.stride if rivals and axis.reach > axis.stride else 0
         return Field(
-            self.offset - axis.padding * self.stride,
-            self.size + (axis.reach - 1) * self.stride,
+            self.offset - (axis.padding + more) * self.stride,
+            self.size + (axis.reach - 1 + 2 * more) * self.stride,
             self.stride * axis.stride,
         )
 
@@ -61,6 +62,54 @@ class Field:
         """The pixels [first, last) that a position sees, clipped to the image."""
         first = position * self.stride + self.offset
         return min(max(first, 0), pixels), min(max(first + self.size, 0), pixels)
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """What the positions of a layer see of an image of ``image`` (height, width) pixels.
+
+    vertical, horizontal: each axis by itself; None for a layer whose positions see the whole image, and for one that
+    has no positions.
+    """
+
+    vertical: Field | None
+    horizontal: Field | None
+    image: tuple[int, int]
+
+    def box(self, row: int = 0, column: int = 0) -> tuple[int, int, int, int]:
+        """The pixels (x0, y0, x1, y1), half open, that a position sees, clipped to the image."""
+        return tuple(self.boxes(torch.tensor([row, column])).tolist())
+
+    def boxes(self, positions: Tensor, inside: bool = False) -> Tensor:
+        """The boxes (..., 4) of positions (..., 2).
+
+        inside: boxes of one size, moved into the image instead of clipped to it.
+        """
+        low, high = [], []
+        for number, (field, pixels) in enumerate(
+            zip((self.vertical, self.horizontal), self.image, strict=True)
+        ):
+            first = positions[..., number] * (field.stride if field else 0) + (field.offset if field else 0)
+            size = field.size if field else pixels
+            if inside:
+                first, size = first.clamp(0, max(0, pixels - size)), min(size, pixels)
+            low.append(first.clamp(0, pixels))
+            high.append((first + size).clamp(0, pixels))
+        return torch.stack([low[1], low[0], high[1], high[0]], -1)
+
+
+def receptive_field(model: nn.Module, layer: str, images: Tensor, rivals: bool = False) -> ReceptiveField:
+    """The receptive field of the layer of a name, for images like these (N, C, H, W); branches included.
+
+    rivals: also what the max pooling windows see that overlap with those that a position sees.
+
+    Raises:
+        CannotCapture: with the reason, as :func:`capture` does.
+        ValueError: the model has no such layer, or it does not run.
+    """
+    network = capture(model, images)
+    fields = network.receptive_fields(rivals)[network.layer_index(layer)]
+    return ReceptiveField(*(fields or (None, None)), (images.shape[2], images.shape[3]))
 
 
 @dataclass
@@ -139,9 +188,12 @@ class Network:
             raise ValueError(f"The model has no layer {name!r} that runs. Its layers are: {known}.")
         return self.names[name]
 
-    def receptive_fields(self) -> list[tuple[Field, Field] | None]:
+    def receptive_fields(self, rivals: bool = False) -> list[tuple[Field, Field] | None]:
         """For each layer what one of its positions sees of the image, (vertical, horizontal); None: all of
-        it, or no position."""
+        it, or no position.
+
+        rivals: also what the max pooling windows see that overlap with those.
+        """
         fields: list[tuple[Field, Field] | None] = []
         for layer in self.layers:
             before = [fields[source] for source in layer.inputs]
@@ -154,7 +206,8 @@ class Network:
                 for number in (0, 1):
                     parts = [each[number] for each in before if each is not None]
                     axis = layer.windows[number] if layer.windows is not None else Axis()
-                    axes.append(parts[0].through(axis) if len(parts) == 1 else Field.hull(parts))
+                    own = parts[0] if len(parts) == 1 else Field.hull(parts)
+                    axes.append(own.through(axis, rivals and layer.kind == "max_pool"))
                 fields.append((axes[0], axes[1]))
         return fields
 
@@ -399,4 +452,14 @@ def rows_agree(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(wide_a, wide_b, rtol=0, atol=tolerance * scale + 1e-30, equal_nan=True))
 
 
-__all__ = ["Axis", "CannotCapture", "Field", "Layer", "Network", "capture", "rows_agree"]
+__all__ = [
+    "Axis",
+    "CannotCapture",
+    "Field",
+    "Layer",
+    "Network",
+    "ReceptiveField",
+    "capture",
+    "receptive_field",
+    "rows_agree",
+]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, ops
-from .reference import DECONVNET, IDENTITY, channels_last, conv2d_input_grad, memory_format
+from .reference import IDENTITY, channels_last, conv2d_input_grad, memory_format
 
 # ------------------------------------------------------------------------------- batches of signals (vmap)
 
@@ -108,21 +108,22 @@ class MaxPool2d(Function):
     """Max pooling with switches; gates for the ReLU below where it is that ReLU's only reader."""
 
     @staticmethod
-    def forward(ctx, x, geometry, ceil_mode, relu_node):
+    def forward(ctx, x, geometry, ceil_mode, relu_node, session):
         # On a ReLU's output every negative switch means "closed": the flag costs nothing and saves a pass later.
         out, switches = _call(
             ops.relu_max_pool2d_op, checks.two_layouts(x), *geometry, ceil_mode, relu_node is not None
         )
-        ctx.geometry, ctx.size, ctx.relu_node = geometry, x.shape[2:], relu_node
+        ctx.geometry, ctx.size, ctx.relu_node, ctx.session = geometry, x.shape[2:], relu_node, session
         ctx.save_for_backward(switches)
         return out
 
     @staticmethod
     def backward(ctx, signal):
         (switches,) = ctx.saved_tensors
-        unpool = functools.partial(
-            _unpool, signal, switches, ctx.size, ctx.geometry
-        )  # does not hold ctx: no cycle
+        overwrite = ctx.session.overwrites_now()
+        unpool = functools.partial(  # does not hold ctx: no cycle
+            _unpool, signal, switches, ctx.size, ctx.geometry, overwrite
+        )
         node = ctx.relu_node
         # The ReLU's output must be gone (nobody can ask for the gradient there) and read by this pooling alone:
         # gating one part of a sum and then adding is another number. A graph being recorded keeps its plain form.
@@ -130,17 +131,17 @@ class MaxPool2d(Function):
             node is not None and node.consumers == 1 and node.output() is None and not torch.is_grad_enabled()
         )
         if not fused:
-            return unpool(IDENTITY), None, None, None
+            return unpool(IDENTITY), None, None, None, None
         gated = unpool(node.session.rule_now())
         # One entry at most: of a pass that was broken off, or of another thread, whose signal is then gated twice,
         # which changes nothing.
         node.gated = {torch._C._current_graph_task_id(): (gated, functools.partial(unpool, IDENTITY))}
-        return gated, None, None, None
+        return gated, None, None, None, None
 
 
-def _unpool(signal: Tensor, switches: Tensor, size: Any, geometry: Any, rule: int) -> Tensor:
+def _unpool(signal: Tensor, switches: Tensor, size: Any, geometry: Any, overwrite: bool, rule: int) -> Tensor:
     def through(merged: Tensor) -> Tensor:
-        return _call(ops.switch_unpool2d_op, merged, switches, size, *geometry, rule, False)
+        return _call(ops.switch_unpool2d_op, merged, switches, size, *geometry, rule, overwrite)
 
     return _per_signal(through, signal)
 
@@ -221,7 +222,7 @@ class AvgPool2d(Function):
 
 
 class LocalResponseNorm(Function):
-    """x / (k + alpha / size * sum over neighbouring channels of x^2) ^ beta; the identity under the deconvnet rule."""
+    """x / (k + alpha / size * sum over neighbouring channels of x^2) ^ beta; the session may take it for the identity."""
 
     @staticmethod
     def forward(ctx, x, size, alpha, beta, k, session):
@@ -231,7 +232,7 @@ class LocalResponseNorm(Function):
 
     @staticmethod
     def backward(ctx, signal):
-        if ctx.session.rule_now() == DECONVNET:
+        if ctx.session.skips_norm_now():
             return signal, None, None, None, None, None
         (x,) = ctx.saved_tensors
         size, alpha, beta, k = ctx.settings

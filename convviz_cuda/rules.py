@@ -33,13 +33,15 @@ from . import checks, nodes
 from .reference import RULES
 
 BACKWARD_RULES = ("gradient", "deconvnet", "guided")
+OVERLAPS = ("sum", "overwrite")
+NORMS = ("identity", "gradient")
 _TLS_KEY = "convviz_cuda.backward_rule"
 
 
-def _check_rule(rule: str) -> str:
-    if rule not in BACKWARD_RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, BACKWARD_RULES))}, but it is {rule!r}.")
-    return rule
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if not any(value is each or (isinstance(value, str) and value == each) for each in known):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but it is {value!r}.")
+    return value
 
 
 class backward_rule(TorchFunctionMode):
@@ -51,8 +53,12 @@ class backward_rule(TorchFunctionMode):
             (gradient,) = torch.autograd.grad(model(images)[:, 281].sum(), images)
 
     Args:
-        rule: "gradient" (Simonyan et al. 2013), "deconvnet" (Zeiler & Fergus 2013; contrast normalisation is the
-            identity on the way back) or "guided" (Springenberg et al. 2014, section 3.4).
+        rule: "gradient" (Simonyan et al. 2013), "deconvnet" (Zeiler & Fergus 2013) or "guided" (Springenberg et al.
+            2014, section 3.4).
+        overlap: what a value gets that is the maximum of several pooling windows: the "sum" of their signals, which is
+            max pooling's gradient, or "overwrite", the largest of them. The papers do not say.
+        norm: what local response normalisation does to the signal: "identity" (as in Zeiler & Fergus 2013) or
+            "gradient"; None: the identity under the deconvnet rule and the gradient under the others.
 
     The rule is read when the backward runs: assign :attr:`rule` between two backward passes and one forward
     serves several rules. A backward inside another ``backward_rule`` follows the innermost one; a backward after
@@ -65,12 +71,14 @@ class backward_rule(TorchFunctionMode):
     about training-mode batch norm and dropout, and about a forward in which no ReLU was seen, as in scripted
     or traced modules and where ``clamp`` stands for a ReLU.
 
-    Raises ValueError for an unknown rule.
+    Raises ValueError for an unknown rule, overlap or norm.
     """
 
-    def __init__(self, rule: str) -> None:
+    def __init__(self, rule: str, *, overlap: str = "sum", norm: str | None = None) -> None:
         super().__init__()
-        self._rule = _check_rule(rule)
+        self._rule = _one_of("rule", rule, BACKWARD_RULES)
+        self._overlap = _one_of("overlap", overlap, OVERLAPS)
+        self._norm = _one_of("norm", norm, (*NORMS, None))
         self._outer: list[Any] = []
         self.rectifiers = 0
         self.layers = 0
@@ -84,7 +92,7 @@ class backward_rule(TorchFunctionMode):
 
     @rule.setter
     def rule(self, rule: str) -> None:
-        self._rule = _check_rule(rule)
+        self._rule = _one_of("rule", rule, BACKWARD_RULES)
 
     def __enter__(self) -> backward_rule:
         # This slot is copied to autograd's own threads, which a threading.local is not.
@@ -105,6 +113,15 @@ class backward_rule(TorchFunctionMode):
     def rule_now(self) -> int:
         """The code of the rule that a backward follows: the innermost context's, outside of all this one's."""
         return RULES[(_innermost() or self).rule]
+
+    def overwrites_now(self) -> bool:
+        """Whether the largest of overlapping signals wins, under the context that :meth:`rule_now` follows."""
+        return (_innermost() or self)._overlap == "overwrite"
+
+    def skips_norm_now(self) -> bool:
+        """Whether contrast normalisation is the identity, under the context that :meth:`rule_now` follows."""
+        now = _innermost() or self
+        return now._norm == "identity" if now._norm is not None else now.rule == "deconvnet"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -243,7 +260,7 @@ def _max_pool2d(
     geometry = checks.pool_geometry(kernel_size, stride, padding, dilation)
     if min(checks.pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
         return func(input, kernel_size, stride, padding, dilation, ceil_mode)  # raises PyTorch's own error
-    return nodes.MaxPool2d.apply(input, geometry, ceil_mode, node)
+    return nodes.MaxPool2d.apply(input, geometry, ceil_mode, node, session)
 
 
 def _pair(value: Any) -> list[int]:

@@ -45,28 +45,39 @@ def many_gradients(
     output: Any, inputs: tuple[Tensor, ...], scores: Sequence[Callable[[Any], Tensor]], at_once: int | None
 ) -> tuple[Tensor, ...]:
     """Gradients of K scores of one output, ``(K, *input.shape)`` for each input, by batched backward passes."""
-    if at_once is not None and (
-        isinstance(at_once, bool) or not isinstance(at_once, numbers.Integral) or at_once < 1
-    ):
-        raise ValueError(f"targets_per_pass must be an int of at least 1, but it is {at_once!r}.")
-    results = tuple(torch.empty((len(scores), *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
-    if not isinstance(output, Tensor):  # of several tensors, no seed stands for all: one pass for each score
+    check_at_once(at_once)
+    if not isinstance(output, Tensor) or not scores:
+        results = tuple(torch.empty((len(scores), *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
+        # Of several tensors, no seed stands for all: one pass for each score.
         for k, score in enumerate(scores):
             found = torch.autograd.grad(score(output).sum(), inputs, retain_graph=True)
             for result, gradient in zip(results, found, strict=True):
                 result[k] = gradient
         return results
-    if not scores:
-        return results
     probe = output.detach().requires_grad_()
     seeds = torch.stack([torch.autograd.grad(score(probe).sum(), probe)[0] for score in scores])
+    return seeded_gradients(output, inputs, lambda start, stop: seeds[start:stop], len(scores), at_once)
+
+
+def seeded_gradients(
+    output: Tensor,
+    inputs: tuple[Tensor, ...],
+    seeds: Callable[[int, int], Tensor],
+    count: int,
+    at_once: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Signals at the inputs, ``(count, *input.shape)``, for ``count`` signals at one output, some at a time.
+
+    seeds: gives the signals from a number to another, ``(K, *output.shape)``.
+    """
+    results = tuple(torch.empty((count, *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
     at_once = at_once or max(1, EXAMPLES_PER_PASS // max(1, output.shape[0] if output.dim() else 1))
 
     def backward(seed: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(output, inputs, seed, retain_graph=True)
 
-    for start in range(0, len(scores), at_once):
-        chunk = seeds[start : start + at_once]
+    for start in range(0, count, at_once):
+        chunk = seeds(start, min(start + at_once, count))
         for result, part in zip(results, _batched(backward, chunk), strict=True):
             result[start : start + at_once] = part
     return results
@@ -99,6 +110,9 @@ class GradientAttribution:
         """Whether ``return_convergence_delta`` is offered; False for all methods that take one gradient."""
         return False
 
+    def _context(self) -> backward_rule:
+        return backward_rule(self.rule)
+
     def _result(self, gradient: Tensor, x: Tensor) -> Tensor:
         """The attribution, from the gradient (with any leading dims) and the input."""
         return gradient
@@ -130,7 +144,7 @@ class GradientAttribution:
         xs = leaves(tensors)
 
         def run(xs: tuple[Tensor, ...], ours: bool) -> tuple[Tensor, ...]:
-            with torch.enable_grad(), backward_rule(self.rule) as session:
+            with torch.enable_grad(), self._context() as session:
                 session.layout_turned = ours
                 # Clones, because a model that changes its input in place must change neither a leaf nor the caller's.
                 given = xs if ours else tuple(x.clone() for x in xs)
@@ -332,6 +346,14 @@ class NeuronAttribution(GradientAttribution):
             pass
         finally:
             handle.remove()
+
+
+def check_at_once(at_once: Any) -> None:
+    """ValueError for a number of backward passes at once that is none."""
+    if at_once is not None and (
+        isinstance(at_once, bool) or not isinstance(at_once, numbers.Integral) or at_once < 1
+    ):
+        raise ValueError(f"targets_per_pass must be an int of at least 1, but it is {at_once!r}.")
 
 
 def check_module(model: Any) -> None:

@@ -1,0 +1,463 @@
+"""DeconvNet: from single activations of a layer down to the pixels (Zeiler & Fergus 2013).
+
+Source: Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" (2013), section 2.1: all activations
+of a layer but one are set to zero, and the signal goes down through {unpool by the switches of the maxima, ReLU,
+transposed filters}, without biases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attr._gradient import (
+    EXAMPLES_PER_PASS,
+    NeuronAttribution,
+    check_at_once,
+    check_module,
+    find_layer,
+    seeded_gradients,
+)
+from .checks import check_images
+from .network import CannotCapture, ReceptiveField, receptive_field, rows_agree
+from .rules import NORMS, OVERLAPS, backward_rule
+from .tiles import Tiling
+
+if TYPE_CHECKING:
+    from .top_activations import TopActivations
+
+MEMORY = 4 << 30  # bytes of patches and projections
+SEEDS = ("activation", "one")
+# Projections after which it pays to find out a layer's receptive field: the capture takes as long as about so many.
+KNOW_THE_FIELD = 256
+# Of the image's area: a tile is run forward and back, where the whole image's forward serves all projections.
+WORTH_A_TILE = 0.45
+
+
+class Projection(NamedTuple):
+    """What :meth:`DeconvNet.project` gives; the leading K is missing where one channel was asked for.
+
+    pixels: (K, N, C, H, W), the projections, signed, in the images' dtype.
+    values: (K, N), the activations that were projected; of a whole feature map their sum.
+    positions: (K, N, 2) int64, their rows and columns; -1 for a whole map, 0 in a layer without positions.
+    """
+
+    pixels: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+class _Backward(NeuronAttribution):
+    """The engine under the deconvnet rule with its options."""
+
+    rule = "deconvnet"
+
+    def __init__(self, model: nn.Module, layer: nn.Module, overlap: str, norm: str) -> None:
+        super().__init__(model, layer)
+        self.options = {"overlap": overlap, "norm": norm}
+
+    def _context(self) -> backward_rule:
+        return backward_rule(self.rule, **self.options)
+
+    def project(self, images: Tensor, choose: Any, at_once: int | None) -> tuple[Tensor, Any]:
+        """The pixels (K, N, ...) of K signals at the layer, and what ``choose`` said of them.
+
+        choose: layer output -> (signals from one number to another, K, anything else).
+        """
+        said: list[Any] = []
+
+        def differentiate(output: Any, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seeds, count, *rest = choose(output)
+            said[:] = rest
+            return seeded_gradients(output, xs, seeds, count, at_once)
+
+        return self._attribute(images, None, differentiate, self._to_layer(False)), said
+
+    def _count_runs(self, xs: tuple[Tensor, ...], args: Any) -> int | None:
+        # A part of an image may be too small for the layers above: what whole images showed holds for parts.
+        known = next(iter(self._runs.values()), None)
+        return super()._count_runs(xs, args) if known is None else known
+
+    def activations(self, images: Tensor) -> Tensor:
+        """The layer's output."""
+        with torch.no_grad(), self._context() as session:
+            # In the layout that the projection takes, too: then both round alike.
+            return self._to_layer(False)(session, (images.detach().clone(),), None)
+
+
+class DeconvNet:
+    """Projects activations of a layer to pixels.
+
+    Args:
+        model: an ``nn.Module`` in evaluation mode; any spelling of ReLU and pooling. AssertionError for another thing.
+        layer: a module of it or its name. Its output is (N, C, h, w), or (N, C) without positions.
+        overlap: where pooling windows overlap and share a maximum, it gets the "sum" of their signals or, with
+            "overwrite", the largest. The paper does not say; "sum" is what max pooling's gradient does.
+        seed: start from the "activation" or from "one"; below the layer the projection is homogeneous in it.
+        norm: contrast normalisation (LRN) passes the signal as the "identity", as in the paper, or by its "gradient".
+
+    Raises ValueError for an option that is none of these and for an unknown layer.
+
+    A projection of a single position depends on the part of the image that the position sees. Where that part is known
+    (:meth:`tiling`) and small, the projection is computed on it alone: the same numbers up to rounding, in a fraction
+    of the time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module | str,
+        overlap: str = "sum",
+        seed: str = "activation",
+        norm: str = "identity",
+    ) -> None:
+        check_module(model)
+        for name, value, known in (
+            ("overlap", overlap, OVERLAPS),
+            ("seed", seed, SEEDS),
+            ("norm", norm, NORMS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but it is {value!r}.")
+        module = find_layer(model, layer)
+        self.model, self.overlap, self.seed, self.norm = model, overlap, seed, norm
+        self.layer = next((name for name, each in model.named_modules() if each is module), "")
+        if not any(each is module for each in model.modules()):
+            raise ValueError(f"The layer {module} is no module of the model.")
+        self._backward = _Backward(model, module, overlap, norm)
+        self._lock = threading.Lock()
+        self._asked = 0  # projections so far
+        self._fields: dict[tuple[int, ...], ReceptiveField | str] = {}
+
+    # -- receptive fields
+
+    def receptive_field(self, images: Tensor) -> ReceptiveField:
+        """What the layer's positions see of images like these (N, C, H, W).
+
+        The model is captured for it (``torch.export``: a second or a few), once a size of image. Raises
+        :class:`convviz_cuda.network.CannotCapture` where that is impossible.
+        """
+        check_images("images", images)
+        found = self._field(images, capture=True)
+        if isinstance(found, str):
+            raise CannotCapture(found)
+        assert found is not None
+        return found
+
+    def _field(self, images: Tensor, capture: bool) -> ReceptiveField | str | None:
+        """The field, or why there is none; None where it is not known yet and not to be found out."""
+        key = tuple(images.shape[1:])
+        with self._lock:
+            if key not in self._fields and capture:
+                try:
+                    self._fields[key] = receptive_field(self.model, self.layer, images.detach())
+                except (CannotCapture, ValueError) as error:
+                    self._fields[key] = str(error)
+            return self._fields.get(key)
+
+    def tiling(self, images: Tensor, capture: bool = True) -> tuple[Tiling, str | None]:
+        """The parts of images like these that projections are computed on, and why they are whole images if so."""
+        height, width = images.shape[2:]
+        found = self._field(images, capture)
+        if found is None or isinstance(found, str):
+            return Tiling.whole(height, width), found or "The receptive field is not known."
+        if found.vertical is None:
+            return Tiling.whole(height, width), f"The layer {self.layer!r} sees the whole image."
+        if self.overlap == "overwrite":
+            # The zero of a window that lies outside of the field wins against a negative signal, too.
+            found = receptive_field(self.model, self.layer, images.detach(), rivals=True)
+        return Tiling.of(found), None
+
+    def forget(self, images: Tensor, why: str | None = None) -> tuple[Tiling, str]:
+        """Take whole images from now on; by default because the model does not treat all positions alike."""
+        why = why or f"The layer {self.layer!r} does not see parts of an image as it sees the whole."
+        with self._lock:
+            self._fields[tuple(images.shape[1:])] = why
+        return Tiling.whole(*images.shape[2:]), why
+
+    def field_or_whole(self, shape: Sequence[int]) -> ReceptiveField:
+        """The known receptive field of images (C, H, W), or the whole image."""
+        found = self._fields.get(tuple(shape))
+        return (
+            found if isinstance(found, ReceptiveField) else ReceptiveField(None, None, (shape[1], shape[2]))
+        )
+
+    def see(self, images: Tensor) -> None:
+        """Find out, on whole images, how often a forward runs the layer: on their parts the layers above may fail."""
+        self._backward._count_runs((images,), None)
+
+    # -- projections
+
+    def project(
+        self,
+        inputs: Tensor,
+        channel: int | Sequence[int] | Tensor | None,
+        position: Any = None,
+        *,
+        projections_per_pass: int | None = None,
+    ) -> Projection:
+        """Projections of activations to pixels: one forward to the layer, batched backward passes.
+
+        Args:
+            inputs: images (N, C, H, W), float.
+            channel: the feature map; a sequence or tensor of K of them; a tensor (K, N) for another one in each image;
+                None: each image's strongest. Negative ones count from the end.
+            position: None: where the feature map is strongest, the first of equals; (row, column), a sequence of K
+                of them, or a tensor that broadcasts to (K, N, 2); "map": the whole feature map at once.
+            projections_per_pass: signals in one backward pass; None chooses.
+
+        Returns:
+            :class:`Projection`; without the leading K if ``channel`` is an int or None.
+
+        Raises ValueError or TypeError for arguments that make no sense, IndexError for a channel or position out of
+        range, AssertionError for a layer that does not run.
+        """
+        check_images("inputs", inputs)
+        check_at_once(projections_per_pass)
+        if inputs.numel() == 0:
+            raise ValueError(f"inputs must hold images, but their shape is {tuple(inputs.shape)}.")
+        if isinstance(position, str) and position != "map":
+            raise ValueError(f"position must be None, 'map' or rows and columns, but it is {position!r}.")
+        single = channel is None or (isinstance(channel, numbers.Integral) and not isinstance(channel, bool))
+        wanted = 1 if single else len(channel) if hasattr(channel, "__len__") else 1
+        tiling = None
+        if not isinstance(position, str):
+            self._asked += wanted * len(inputs)
+            tiling, _ = self.tiling(inputs, capture=self._asked > KNOW_THE_FIELD)
+        if tiling is not None and tiling.share <= WORTH_A_TILE:
+            found = self._project_tiles(inputs, channel, position, tiling)
+        else:
+            found = None
+        found = found or self._project_whole(inputs, channel, position, projections_per_pass)
+        return Projection(*(each[0] for each in found)) if single else found
+
+    def _project_whole(self, images: Tensor, channel: Any, position: Any, at_once: int | None) -> Projection:
+        def choose(output: Tensor) -> tuple[Any, ...]:
+            chosen = _Chosen.of(output, channel, position)
+
+            def seeds(start: int, stop: int) -> Tensor:
+                return chosen.seeds(output, self.seed, start, stop)
+
+            return seeds, len(chosen.channels), chosen
+
+        pixels, (chosen,) = self._backward.project(images, choose, at_once)
+        return Projection(pixels, chosen.values, chosen.positions)
+
+    def _project_tiles(
+        self, images: Tensor, channel: Any, position: Any, tiling: Tiling
+    ) -> Projection | None:
+        """As :meth:`_project_whole`; None if the tiles do not give the same activations."""
+        output = self._backward.activations(images)
+        chosen = _Chosen.of(output, channel, position)
+        count, size = chosen.channels.shape
+        steps = tiling.steps(chosen.positions).flatten(0, 1)
+        items = torch.arange(size, device=images.device).repeat(count)
+        pixels = torch.zeros(count * size, *images.shape[1:], dtype=images.dtype, device=images.device)
+        channels, positions = chosen.channels.flatten(), chosen.positions.flatten(0, 1)
+        at_once = self.tiles_per_pass(tiling)
+        for start in range(0, len(items), at_once):
+            part = slice(start, start + at_once)
+            tiles = tiling.cut(images.detach(), items[part], steps[part])
+            found = self.project_tiles(tiles, channels[part], positions[part], steps[part])
+            if found is None or not agree(found[1], chosen.values.flatten()[part], output):
+                self.forget(images)
+                return None
+            tiling.paste(found[0], steps[part], pixels[part])
+        return Projection(pixels.unflatten(0, (count, size)), chosen.values, chosen.positions)
+
+    @staticmethod
+    def tiles_per_pass(tiling: Tiling) -> int:
+        """How many tiles take about as much memory as a pass of whole images."""
+        return max(1, min(1024, int(EXAMPLES_PER_PASS / tiling.share)))
+
+    def project_tiles(
+        self, tiles: Tensor, channels: Tensor, positions: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Projections (M, C, h, w) on tiles (M, C, h, w) and the activations (M,); None if the model cannot run on them.
+
+        channels (M,); positions (M, 2) in the whole image's map; steps (M, 2), where the tiles lie.
+        """
+        places = positions - steps
+
+        def choose(output: Tensor) -> tuple[Any, ...]:
+            chosen = _Chosen.of(output, channels[None], places[None])
+            return lambda start, stop: chosen.seeds(output, self.seed, start, stop), 1, chosen.values
+
+        with contextlib.suppress(RuntimeError, ValueError, IndexError):  # made for one size of image
+            pixels, (values,) = self._backward.project(tiles, choose, 1)
+            return pixels[0], values[0]
+        return None
+
+    # -- over a data set
+
+    def top_activations(
+        self,
+        dataset: Any,
+        channels: Sequence[int] | None = None,
+        k: int = 9,
+        *,
+        project: bool = True,
+        preprocess: Callable[[Any], Tensor] | None = None,
+        batch_size: int = 32,
+        memory_limit: int = MEMORY,
+        state: str | Path | None = None,
+        progress: bool = False,
+    ) -> TopActivations:
+        """The k strongest activations of each feature map over a data set, their patches and projections.
+
+        One forward to the layer for each image, all feature maps at once; the images are not looked at again.
+
+        Args:
+            dataset: images (N, C, H, W); a map-style ``Dataset`` of images or (image, ...); a ``DataLoader`` that does
+                not shuffle, or any iterable of batches. All images have one size.
+            channels: feature maps; all unless given.
+            k: of each, at most one of an image; of equals the earlier image and the first position.
+            project: make the projections too.
+            preprocess: applied to each batch, for data sets that do not give float images.
+            batch_size: of tensors and datasets; nothing but the time depends on it.
+            memory_limit: bytes that patches and projections may take, on the model's device.
+            state: a file that keeps what is done, every half a minute and when the call is broken off: the same call
+                goes on from there. It needs a data set that gives its images in the same order again.
+            progress: show images and projections done and the time left on stderr.
+
+        Returns:
+            :class:`convviz_cuda.top_activations.TopActivations`.
+
+        Raises ValueError or TypeError for arguments that make no sense, a shuffled loader, a data set without images, one
+        of several sizes, or more patches than ``memory_limit``; IndexError for a channel out of range.
+        """
+        from .top_activations import top_activations
+
+        return top_activations(
+            [self], dataset, channels, k, project=project, preprocess=preprocess, batch_size=batch_size,
+            memory_limit=memory_limit, state=state, progress=progress,
+        )[0]  # fmt: skip
+
+
+class _Chosen(NamedTuple):
+    """Activations of a layer's output: channels (K, N), positions (K, N, 2), values (K, N), whether whole maps."""
+
+    channels: Tensor
+    positions: Tensor
+    values: Tensor
+    maps: bool
+
+    @staticmethod
+    def of(output: Any, channel: Any, position: Any) -> _Chosen:
+        flat = maps_of(output).detach()
+        images, _, height, width = flat.shape
+        chosen = _channels(channel, flat)
+        values = flat[torch.arange(images, device=flat.device), chosen].flatten(2)  # (K, N, positions)
+        if isinstance(position, str):
+            nowhere = torch.full((*chosen.shape, 2), -1, dtype=torch.long, device=flat.device)
+            return _Chosen(chosen, nowhere, values.sum(2), True)
+        if position is None:
+            place = values.argmax(2)
+            where = torch.stack([torch.div(place, width, rounding_mode="floor"), place % width], -1)
+        else:
+            where = _positions(position, chosen.shape, (height, width), flat.device)
+            place = where[..., 0] * width + where[..., 1]
+        return _Chosen(chosen, where, values.gather(2, place[..., None])[..., 0], False)
+
+    def seeds(self, output: Tensor, seed: str, start: int, stop: int) -> Tensor:
+        """The signals at the layer (K, N, ...) of the choices from ``start`` to ``stop``."""
+        flat = maps_of(output.detach())
+        signals = torch.zeros(stop - start, *flat.shape, dtype=flat.dtype, device=flat.device)
+        each = torch.arange(stop - start, device=flat.device)[:, None]
+        images = torch.arange(flat.shape[0], device=flat.device)
+        channels, positions = self.channels[start:stop], self.positions[start:stop]
+        if self.maps:
+            signals[each, images, channels] = flat[images, channels] if seed == "activation" else 1.0
+        else:
+            values = self.values[start:stop] if seed == "activation" else torch.ones((), dtype=flat.dtype)
+            signals[each, images, channels, positions[..., 0], positions[..., 1]] = values.to(flat)
+        return signals.reshape(stop - start, *output.shape)
+
+
+def agree(found: Tensor, expected: Tensor, output: Tensor) -> bool:
+    """Whether activations (M,) are the same but for rounding, as measured by the largest of the layer's output."""
+    scale = output.detach().abs().amax().reshape(1)
+    return rows_agree(torch.cat([found, scale]), torch.cat([expected, scale]))
+
+
+def maps_of(output: Any) -> Tensor:
+    """A layer's output as (N, C, h, w); ValueError for one that has neither positions on two axes nor none."""
+    if not isinstance(output, Tensor) or output.dim() not in (2, 4):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"The layer's output must have the shape (N, C, h, w) or (N, C), but it is {shape}.")
+    return output if output.dim() == 4 else output[..., None, None]
+
+
+def _channels(channel: Any, flat: Tensor) -> Tensor:
+    """(K, N) int64, none of them negative."""
+    images, count = flat.shape[:2]
+    if channel is None:
+        return flat.flatten(2).amax(2).argmax(1)[None]
+    chosen = _integers("channel", channel).to(flat.device)
+    if chosen.dim() < 2:
+        chosen = chosen.reshape(-1, 1).expand(-1, images)
+    if chosen.dim() != 2 or chosen.shape[1] != images:
+        raise ValueError(
+            f"channel must be an int, K ints or a tensor (K, {images}), but its shape is {tuple(chosen.shape)}."
+        )
+    _check_range("channel", chosen, count)
+    return chosen % count
+
+
+def _positions(position: Any, shape: Sequence[int], size: tuple[int, int], device: torch.device) -> Tensor:
+    """(K, N, 2) int64, none of them negative."""
+    found = _integers("position", position).to(device)
+    if found.dim() == 2 and not isinstance(position, Tensor):
+        found = found[:, None]  # K positions, the same in each image
+    try:
+        found = found.expand(*shape, 2)
+    except RuntimeError:
+        raise ValueError(
+            f"position must be (row, column), K of these or a tensor that broadcasts to {(*shape, 2)}, "
+            f"but its shape is {tuple(found.shape)}."
+        ) from None
+    for axis, name in enumerate(("row", "column")):
+        _check_range(name, found[..., axis], size[axis])
+    return found % torch.tensor(size, device=device)
+
+
+def _integers(name: str, value: Any) -> Tensor:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor):
+        flat = list(_flattened(value))
+        if not flat or any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in flat):
+            raise TypeError(f"{name} must hold ints, but it is {value!r}.")
+        try:
+            value = torch.tensor(np.array(value, dtype=np.int64))
+        except ValueError:
+            raise ValueError(
+                f"{name} must have equally many ints in each entry, but it is {value!r}."
+            ) from None
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold ints, but its dtype is {value.dtype}.")
+    if value.numel() == 0:
+        raise ValueError(f"{name} must name at least one, but its shape is {tuple(value.shape)}.")
+    return value.long()
+
+
+def _flattened(value: Any) -> Any:
+    if isinstance(value, tuple | list | range):
+        for each in value:
+            yield from _flattened(each)
+    else:
+        yield value
+
+
+def _check_range(name: str, values: Tensor, count: int) -> None:
+    outside = values[(values < -count) | (values >= count)]
+    if outside.numel():
+        raise IndexError(f"{name} {int(outside[0])} is out of range: the layer has {count}, counted from 0.")

@@ -1,0 +1,607 @@
+"""The strongest activations of every feature map over a data set, with their patches and projections.
+
+Source: Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" (2013), section 4 and figure 2: the
+nine strongest activations of a feature map, each projected to pixels, beside the patches of the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import numbers
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
+
+from .deconvnet import MEMORY, DeconvNet, agree, maps_of
+from .imaging import colour_limit, number, signed_rgb
+from .journal import digest, write_atomically
+from .network import CannotCapture, capture
+from .progress import Progress
+from .results import Result, picture
+from .sheets import Panel, Row, beside, sheet
+from .tiles import Tiling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SAVE_EVERY = 30.0  # seconds between two states on disk
+
+
+@dataclass
+class TopActivations(Result):
+    """The k strongest activations of C feature maps, at most one of an image; strongest first, the earlier image of
+    equals.
+
+    layer: its name.  channels: (C,) int64.  count: images looked at.
+    indices: (C, k) int64, the images' numbers in the data set; -1 where there are fewer than k images.
+    positions: (C, k, 2) int64, row and column in the feature map.  values: (C, k).
+    boxes: (C, k, 4) int64, the receptive fields (x0, y0, x1, y1), half open, clipped to the image.
+    frames: (C, k, 4), the same moved into the image instead of clipped: of one size.
+    origins: (C, k, 2) int64, row and column in the image of the first pixel of patches and projections.
+    patches, projections: (C, k, channels, h, w), the part of the image that holds the box, and the projection there;
+        outside of the box the projection is 0. ``projections`` is None if they were not asked for.
+    reason: why patches are whole images, or None.
+    settings: overlap, seed and norm of the projections.
+    """
+
+    layer: str
+    channels: Tensor
+    count: int
+    indices: Tensor
+    positions: Tensor
+    values: Tensor
+    boxes: Tensor
+    frames: Tensor
+    origins: Tensor
+    reason: str | None
+    settings: dict[str, str]
+    patches: Tensor = picture()
+    projections: Tensor | None = picture()
+
+    def patch(self, channel: int, rank: int = 0, frame: bool = False) -> Tensor:
+        """(channels, h, w): what the activation of this rank sees. channel: its number in the layer."""
+        return self._cut(self.patches, channel, rank, frame)
+
+    def projection(self, channel: int, rank: int = 0, frame: bool = False) -> Tensor:
+        """(channels, h, w): the projection on the receptive field's box (or frame)."""
+        if self.projections is None:
+            raise ValueError("These top activations were made without projections (project=False).")
+        return self._cut(self.projections, channel, rank, frame)
+
+    def _cut(self, pixels: Tensor, channel: int, rank: int, frame: bool) -> Tensor:
+        place = (self.channels == channel).nonzero()
+        if not len(place):
+            raise ValueError(f"The channel {channel} is not among those that were looked at.")
+        if not 0 <= rank < self.indices.shape[1] or self.indices[place[0, 0], rank] < 0:
+            raise IndexError(f"The channel {channel} has no activation of rank {rank} (counted from 0).")
+        where = int(place[0, 0]), rank
+        x0, y0, x1, y1 = (self.frames if frame else self.boxes)[where].tolist()
+        top, left = self.origins[where].tolist()
+        return pixels[where][:, y0 - top : y1 - top, x0 - left : x1 - left]
+
+    def sheet(
+        self,
+        channels: Sequence[int] | None = None,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        columns: int = 3,
+        side: int = 56,
+        title: str = "",
+        names: Callable[[int], str] | None = None,
+    ) -> Image:
+        """A picture like the paper's second figure: projections beside patches, in squares, for each feature map.
+
+        channels: which, in this order; all unless given.  mean, std: of the images' normalisation, in 0..1.
+        columns: feature maps in a row.  side: of one projection, in pixels.  names: what to write of a channel.
+        """
+        chosen = self.channels.tolist() if channels is None else list(channels)
+        panels = [Panel(self._block(c, mean, std, side), self._caption(c, names)) for c in chosen]
+        rows = [Row(panels[i : i + columns]) for i in range(0, len(panels), columns)]
+        size = "x".join(map(str, (self.frames[0, 0, 2:] - self.frames[0, 0, :2]).tolist()))
+        return sheet(
+            rows,
+            title=title or f"Strongest activations of {self.layer}",
+            note=f"For each feature map of {self.layer} its strongest activations over {self.count} images, at most one of an "
+            f"image: DeconvNet projections (grey is 0, each at its own scale) beside what they see, {size} pixels.",
+            width=panels[0].pixels.shape[1],
+        )
+
+    def plot(self, path: str | Path, **options: Any) -> None:
+        """Write :meth:`sheet` into a file."""
+        path = Path(path)
+        image = self.sheet(**options)
+        write_atomically(path, lambda file: image.save(file, format=(path.suffix[1:] or "png").upper()))
+
+    def _caption(self, channel: int, names: Callable[[int], str] | None) -> str:
+        place = int((self.channels == channel).nonzero()[0, 0])
+        values = self.values[place][self.indices[place] >= 0]
+        name = f"channel {channel}" if names is None else names(channel)
+        return (
+            f"{name}: {number(float(values[0]))} to {number(float(values[-1]))}"
+            if len(values)
+            else f"{name}: none"
+        )
+
+    def _block(self, channel: int, mean: Sequence[float], std: Sequence[float], side: int) -> np.ndarray:
+        """Projections in a square beside the patches in a square."""
+        across = max(1, int(np.ceil(np.sqrt(self.indices.shape[1]))))
+        down = -(-self.indices.shape[1] // across)
+        place = int((self.channels == channel).nonzero()[0, 0])
+        blocks = []
+        for kind in ("projection", "patch"):
+            block = np.full((down * (side + 2) - 2, across * (side + 2) - 2, 3), 255, np.uint8)
+            for rank in range(self.indices.shape[1]):
+                if self.indices[place, rank] < 0:
+                    continue
+                values = getattr(self, kind)(channel, rank, frame=True).float().cpu().numpy()
+                if kind == "projection":
+                    pixels = signed_rgb(_three(values), colour_limit(values))
+                else:
+                    pixels = _pixels(values, mean, std)
+                y, x = divmod(rank, across)
+                y, x = y * (side + 2), x * (side + 2)
+                block[y : y + side, x : x + side] = _resize(pixels, side, smooth=kind == "patch")
+            blocks.append(block)
+        return beside(*blocks, gap=8)
+
+
+def _three(values: np.ndarray) -> np.ndarray:
+    return (
+        values if len(values) == 3 else np.broadcast_to(values.mean(0, keepdims=True), (3, *values.shape[1:]))
+    )
+
+
+def _pixels(values: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    mean, std = (np.asarray(t, dtype=np.float32).reshape(-1, 1, 1) for t in (mean, std))
+    shown = np.clip(_three(values) * std + mean, 0.0, 1.0) * 255.0
+    return np.rint(shown).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _resize(pixels: np.ndarray, side: int, smooth: bool) -> np.ndarray:
+    from PIL import Image as images
+
+    enlarged = max(pixels.shape[:2]) <= side
+    kind = (
+        images.Resampling.BICUBIC
+        if smooth
+        else images.Resampling.NEAREST
+        if enlarged
+        else images.Resampling.BOX
+    )
+    return np.asarray(images.fromarray(np.ascontiguousarray(pixels)).resize((side, side), kind))
+
+
+# -- data sets
+
+
+def batches(
+    dataset: Any, batch_size: int, skip: int = 0, preprocess: Callable[[Any], Tensor] | None = None
+) -> tuple[Iterator[Tensor], int | None]:
+    """Batches of images (N, C, H, W) from a data set, without its first ``skip`` images, and how many images it has.
+
+    dataset: images (N, C, H, W) as a tensor; a map-style ``Dataset`` of images or (image, ...); a ``DataLoader`` or any
+    other iterable of batches, or of (batch, ...). The images' numbers are their places in it.
+
+    Raises ValueError for a shuffled loader, TypeError for anything else.
+    """
+    if isinstance(dataset, Tensor):
+        parts: Iterable[Any] = dataset[skip:].split(batch_size) if len(dataset) > skip else ()
+        return _images(parts, 0, preprocess), len(dataset)
+    if isinstance(dataset, DataLoader):
+        if isinstance(dataset.sampler, RandomSampler):
+            raise ValueError(
+                "The data loader shuffles, so its images have no numbers: make one with shuffle=False."
+            )
+        try:
+            total = len(dataset.dataset) if not isinstance(dataset.dataset, IterableDataset) else None
+        except TypeError:
+            total = None
+        return _images(dataset, skip, preprocess), total
+    if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
+        total = len(dataset)
+        loader = DataLoader(Subset(dataset, range(min(skip, total), total)), batch_size=batch_size)
+        return _images(loader, 0, preprocess), total
+    if isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes | dict):
+        return _images(dataset, skip, preprocess), None
+    raise TypeError(
+        "dataset must be a tensor (N, C, H, W), a Dataset, a DataLoader or an iterable of batches, "
+        f"but it is a {type(dataset).__name__}."
+    )
+
+
+def _images(parts: Iterable[Any], skip: int, preprocess: Callable[[Any], Tensor] | None) -> Iterator[Tensor]:
+    for part in parts:
+        images = part[0] if isinstance(part, tuple | list) and part else part
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"A batch must be a tensor or begin with one, but it is a {type(images).__name__}."
+            )
+        if len(images) <= skip:
+            skip -= len(images)
+            continue
+        images, skip = images[skip:], 0
+        images = images if preprocess is None else preprocess(images)
+        if images.dim() != 4 or not images.is_floating_point():
+            raise TypeError(
+                f"A batch must hold float images (N, C, H, W), but it is {images.dtype} in the shape "
+                f"{tuple(images.shape)}: give preprocess=."
+            )
+        yield images
+
+
+# -- the pass over a data set
+
+
+def top_activations(
+    nets: Sequence[DeconvNet],
+    dataset: Any,
+    channels: Sequence[int] | None = None,
+    k: int = 9,
+    *,
+    project: bool = True,
+    preprocess: Callable[[Any], Tensor] | None = None,
+    batch_size: int = 32,
+    memory_limit: int = MEMORY,
+    state: str | Path | None = None,
+    progress: bool = False,
+    watch: Callable[[list[Tensor]], None] | None = None,
+) -> list[TopActivations]:
+    """:meth:`DeconvNet.top_activations` of several layers of one model in one pass over the data.
+
+    watch: called for each batch with the greatest activations (N, C) of each layer's feature maps.
+    """
+    run = _Run(
+        list(nets),
+        dataset,
+        channels,
+        k,
+        project,
+        preprocess,
+        batch_size,
+        memory_limit,
+        state,
+        progress,
+        watch,
+    )
+    return run.results()
+
+
+class _Run:
+    def __init__(
+        self, nets, dataset, channels, k, project, preprocess, batch_size, memory_limit, state, progress, watch
+    ) -> None:  # fmt: skip
+        for name, value in (("k", k), ("batch_size", batch_size), ("memory_limit", memory_limit)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name} must be an int, but it is {value!r}.")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, but it is {value}.")
+        if not nets or any(net.model is not nets[0].model for net in nets):
+            raise ValueError("top_activations takes one layer or several layers of one model.")
+        if channels is not None:
+            wanted = list(channels.tolist() if isinstance(channels, Tensor | np.ndarray) else channels)
+            for channel in wanted:
+                if isinstance(channel, bool) or not isinstance(channel, numbers.Integral):
+                    raise TypeError(f"channels must hold ints, but one is {channel!r}.")
+            if not wanted or len(set(wanted)) < len(wanted) or min(wanted) < 0:
+                raise ValueError(f"channels must be different numbers from 0 on, but they are {wanted}.")
+            channels = [int(c) for c in wanted]
+        self.nets, self.dataset, self.channels, self.k = nets, dataset, channels, int(k)
+        self.project, self.preprocess, self.batch_size = project, preprocess, int(batch_size)
+        self.memory_limit, self.progress, self.watch = int(memory_limit), progress, watch
+        self.state = None if state is None else Path(state)
+        self.model: nn.Module = nets[0].model
+        self.layers: list[_Layer] = []
+        self.seen = 0
+        self.saved = time.monotonic()
+        self._networks: dict[tuple[int, ...], Any] = {}
+
+    def results(self) -> list[TopActivations]:
+        self._load()
+        parts, total = batches(self.dataset, self.batch_size, self.seen, self.preprocess)
+        try:
+            with Progress(total or 0, "images", bool(self.progress), "activations") as bar:
+                bar.advance(self.seen)
+                for images in parts:
+                    self._step(images)
+                    bar.advance(len(images))
+                    self._save_now_and_then()
+            if not self.layers:
+                raise ValueError("The data set has no images.")
+            if self.project:
+                count = sum(int((layer.running.values > -torch.inf).sum()) for layer in self.layers)
+                with Progress(count, "projections", bool(self.progress), "projections") as bar:
+                    for layer in self.layers:
+                        for done in layer.project():
+                            bar.advance(done)
+                            self._save_now_and_then()
+        except BaseException:
+            self._save()
+            raise
+        self._save()
+        return [layer.result() for layer in self.layers]
+
+    @torch.no_grad()
+    def _step(self, images: Tensor) -> None:
+        parameter = next(self.model.parameters(), None)
+        images = images.detach() if parameter is None else images.detach().to(parameter.device)
+        outputs = self._outputs(images)
+        if not self.layers:
+            layers = [
+                _Layer(net, maps_of(out), images, self) for net, out in zip(self.nets, outputs, strict=True)
+            ]
+            needed = sum(layer.bytes_needed() for layer in layers)
+            if needed > self.memory_limit:
+                raise ValueError(
+                    f"The patches{' and projections' if self.project else ''} of "
+                    f"{sum(len(layer.channels) for layer in layers)} feature maps take {needed:,} bytes, but memory_limit "
+                    f"is {self.memory_limit:,}: name fewer channels at a time, or raise it."
+                )
+            self.layers = layers
+        if images.shape[1:] != self.layers[0].shape:
+            raise ValueError(
+                f"All images must have one size, but after {tuple(self.layers[0].shape)} there is one of "
+                f"{tuple(images.shape[1:])}."
+            )
+        found = [
+            layer.update(maps_of(out), images, self.seen)
+            for layer, out in zip(self.layers, outputs, strict=True)
+        ]
+        self.seen += len(images)
+        if self.watch is not None:
+            self.watch(found)
+
+    def _outputs(self, images: Tensor) -> list[Tensor]:
+        """The layers' outputs: from the captured network, which stops at the last of them, or by the engine."""
+        key = tuple(images.shape[1:])
+        if key not in self._networks:
+            self._networks[key] = self._network(images)
+        found = self._networks[key]
+        if found is None:
+            return [net._backward.activations(images) for net in self.nets]
+        network, places = found
+        _, kept = network.run(images, places, end=max(places))
+        return [kept[place] for place in places]
+
+    def _network(self, images: Tensor) -> Any:
+        try:
+            network = capture(self.model, images)
+            indices = [network.layer_index(net.layer) for net in self.nets]
+        except (CannotCapture, ValueError):
+            return None
+        ordered = sorted(set(indices))
+        fast = network.remember(("layers", tuple(ordered)), lambda: network.optimised(ordered))
+        new = dict(zip(ordered, sorted(fast.kept), strict=True))
+        return fast, [new[index] for index in indices]
+
+    # -- the state on disk
+
+    def _identity(self) -> str:
+        weights = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        _, total = (
+            batches(self.dataset, self.batch_size)
+            if isinstance(self.dataset, Tensor | Dataset)
+            else (0, None)
+        )
+        nets = [(net.layer, net.overlap, net.seed, net.norm) for net in self.nets]
+        return digest(weights.hexdigest(), nets, self.channels, self.k, self.project, total)
+
+    def _save_now_and_then(self) -> None:
+        if self.state is not None and time.monotonic() - self.saved > SAVE_EVERY:
+            self._save()
+
+    def _save(self) -> None:
+        if self.state is None or not self.layers:
+            return
+        content = {
+            "identity": self.identity,
+            "shape": list(self.layers[0].shape),
+            "dtype": self.layers[0].dtype,
+            "layers": [layer.saved() for layer in self.layers],
+        }
+        write_atomically(self.state, lambda file: torch.save(content, file))
+        self.saved = time.monotonic()
+
+    def _load(self) -> None:
+        if self.state is None:
+            return
+        self.identity = self._identity()
+        if not self.state.exists():
+            return
+        try:
+            content = torch.load(self.state, weights_only=True)
+            identity, saved = content["identity"], content["layers"]
+        except Exception as error:  # whatever a broken or foreign file makes of itself
+            raise ValueError(
+                f"{self.state} is not the state of top activations ({error!r}); remove it."
+            ) from error
+        if identity != self.identity:
+            raise ValueError(
+                f"{self.state} belongs to another model, data set or other settings: name another file or remove it."
+            )
+        parameter = next(self.model.parameters(), None)
+        device = None if parameter is None else parameter.device
+        images = torch.zeros(1, *content["shape"], dtype=content["dtype"], device=device)
+        with torch.no_grad():
+            outputs = self._outputs(images)
+        self.layers = [
+            _Layer(net, maps_of(out), images, self, each)
+            for net, out, each in zip(self.nets, outputs, saved, strict=True)
+        ]
+        self.seen = min(layer.running.seen for layer in self.layers)
+
+
+class _Running(NamedTuple):
+    """The top k of the first ``seen`` images: values, indices, positions and slots, (C, k)."""
+
+    values: Tensor
+    indices: Tensor
+    positions: Tensor
+    slots: Tensor
+    seen: int
+
+
+class _Layer:
+    """The running top k of one layer.
+
+    A patch stays where it was put (``slots``) as long as it belongs to the k. All that changes with a batch changes in
+    one assignment, after the patches: broken off anywhere, the same batch can be looked at again.
+    """
+
+    def __init__(
+        self, net: DeconvNet, output: Tensor, images: Tensor, run: _Run, saved: dict[str, Any] | None = None
+    ) -> None:
+        self.net, self.k, self.with_projections = net, run.k, run.project
+        count, device = output.shape[1], output.device
+        if run.channels is not None and max(run.channels) >= count:
+            raise IndexError(f"There is no channel {max(run.channels)}: the layer {net.layer!r} has {count}.")
+        self.all = run.channels is None
+        self.channels = torch.tensor(range(count) if run.channels is None else run.channels, device=device)
+        self.shape, self.dtype = images.shape[1:], images.dtype
+        if saved is not None and saved["reason"] is not None:
+            net.forget(images, saved["reason"])
+        self.tiling, self.reason = self._tiling(images, output)
+        self.patches: Tensor | None = None
+        self.projections: Tensor | None = None
+        self.projected = 0
+        size = (len(self.channels), self.k)
+        if saved is None:
+            self.running = _Running(
+                torch.full(size, -torch.inf, dtype=output.dtype, device=device),
+                torch.full(size, -1, dtype=torch.long, device=device),
+                torch.zeros(*size, 2, dtype=torch.long, device=device),
+                torch.arange(self.k, device=device).repeat(size[0], 1),
+                0,
+            )
+        else:
+            *tensors, seen = saved["running"]
+            self.running = _Running(*(t.to(device) for t in tensors), seen)
+            self.patches, self.projections = (
+                None if saved[name] is None else saved[name].to(device) for name in ("patches", "projections")
+            )
+            self.projected = saved["projected"]
+
+    def saved(self) -> dict[str, Any]:
+        names = ("reason", "patches", "projections", "projected")
+        return {"running": tuple(self.running), **{name: getattr(self, name) for name in names}}
+
+    def _tiling(self, images: Tensor, output: Tensor) -> tuple[Tiling, str | None]:
+        """The tiles, if the network gives the same activations on them."""
+        tiling, reason = self.net.tiling(images)
+        if reason is not None:
+            return tiling, reason
+        item = torch.zeros(1, dtype=torch.long, device=images.device)
+        corner = torch.tensor([output.shape[2] - 1, output.shape[3] - 1], device=images.device)
+        for position in (corner * 0, corner, torch.div(corner, 2, rounding_mode="floor")):
+            steps = tiling.steps(position[None])
+            self.net.see(images)
+            tile = tiling.cut(images, item, steps)
+            found = self.net.project_tiles(tile, self.channels[:1], position[None], steps)
+            expected = output[:1, self.channels[0], position[0], position[1]]
+            if found is None or not agree(found[1], expected, output[0]):
+                return self.net.forget(images)
+        return tiling, None
+
+    def _patch_shape(self) -> tuple[int, ...]:
+        return (len(self.channels), self.k, self.shape[0], *self.tiling.size)
+
+    def bytes_needed(self) -> int:
+        """What patches and projections take."""
+        element = torch.empty((), dtype=self.dtype).element_size()
+        return math.prod(self._patch_shape()) * element * (1 + self.with_projections)
+
+    def update(self, output: Tensor, images: Tensor, first: int) -> Tensor:
+        """Look at the images with the numbers from ``first`` on; returns the maps' greatest values (N, C)."""
+        old, k = self.running, self.k
+        if not self.all:
+            output = output[:, self.channels]
+        width = output.shape[3]
+        # Over memory as it lies: of channels_last a permutation makes rows of channels.
+        last = output.is_contiguous(memory_format=torch.channels_last) and not output.is_contiguous()
+        greatest, place = (
+            output.permute(0, 2, 3, 1).flatten(1, 2).max(1) if last else output.flatten(2).max(2)
+        )
+        known = max(0, old.seen - first)  # looked at before the pass was broken off
+        if known >= len(images):
+            return greatest
+        new, place = greatest[known:].to(old.values.dtype), place[known:]
+        new = torch.where(new.isnan(), -torch.inf, new).T
+        # Stable, so that of equals the earlier image stays.
+        values, order = torch.cat([old.values, new], 1).sort(dim=1, descending=True, stable=True)
+        values, order = values[:, :k], order[:, :k]
+        kept = order < k
+        where = torch.stack([torch.div(place, width, rounding_mode="floor"), place % width], -1).transpose(
+            0, 1
+        )
+        positions = torch.cat([old.positions, where], 1).gather(1, order[..., None].expand(-1, -1, 2))
+        indices = torch.arange(first + known, first + len(images), device=order.device).expand(len(order), -1)
+        indices = torch.cat([old.indices, indices], 1).gather(1, order)
+        # Who comes takes the place of who goes.
+        own = old.slots.gather(1, order.clamp(max=k - 1))
+        taken = torch.zeros(len(own), k + 1, dtype=torch.bool, device=own.device)
+        taken.scatter_(1, torch.where(kept, own, k), True)
+        free = taken[:, :k].int().argsort(dim=1, stable=True)
+        slots = torch.where(kept, own, free.gather(1, ((~kept).cumsum(1) - 1).clamp(min=0)))
+        if self.patches is None:
+            self.patches = torch.zeros(self._patch_shape(), dtype=self.dtype, device=images.device)
+        row, rank = (~kept & (values > -torch.inf)).nonzero(as_tuple=True)
+        for start in range(0, len(row), 512):
+            r, j = row[start : start + 512], rank[start : start + 512]
+            steps = self.tiling.steps(positions[r, j])
+            self.patches[r, slots[r, j]] = self.tiling.cut(images, order[r, j] - k + known, steps)
+        self.running = _Running(values, indices, positions, slots, first + len(images))
+        return greatest
+
+    def project(self) -> Iterator[int]:
+        """Make the projections, some at a time; gives how many were done each time."""
+        assert self.patches is not None
+        if self.projections is None:
+            self.projections = torch.zeros_like(self.patches)
+        now = self.running
+        row, rank = (now.values > -torch.inf).nonzero(as_tuple=True)
+        yield self.projected
+        at_once = self.net.tiles_per_pass(self.tiling)
+        while self.projected < len(row):
+            r, j = (each[self.projected : self.projected + at_once] for each in (row, rank))
+            steps = self.tiling.steps(now.positions[r, j])
+            patches = self.patches[r, now.slots[r, j]]
+            found = self.net.project_tiles(patches, self.channels[r], now.positions[r, j], steps)
+            if found is None:
+                raise RuntimeError(
+                    f"The layer {self.net.layer!r} cannot run on patches of {self.tiling.size} pixels."
+                )
+            self.projections[r, j] = found[0]
+            self.projected += len(r)
+            yield len(r)
+
+    def result(self) -> TopActivations:
+        now = self.running
+        assert self.patches is not None
+        for part in torch.arange(len(now.slots), device=now.slots.device).split(16):
+            self.patches[part] = self.patches[part[:, None], now.slots[part]]
+        field = self.net.field_or_whole(self.shape)
+        return TopActivations(
+            layer=self.net.layer,
+            channels=self.channels,
+            count=now.seen,
+            indices=torch.where(now.values > -torch.inf, now.indices, -1),
+            positions=now.positions,
+            values=now.values,
+            boxes=field.boxes(now.positions),
+            frames=field.boxes(now.positions, inside=True),
+            origins=self.tiling.origins(self.tiling.steps(now.positions)),
+            reason=self.reason,
+            settings={"overlap": self.net.overlap, "seed": self.net.seed, "norm": self.net.norm},
+            patches=self.patches,
+            projections=self.projections,
+        )
