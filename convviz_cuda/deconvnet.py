@@ -190,9 +190,24 @@ class DeconvNet:
             found if isinstance(found, ReceptiveField) else ReceptiveField(None, None, (shape[1], shape[2]))
         )
 
-    def see(self, images: Tensor) -> None:
-        """Find out, on whole images, how often a forward runs the layer: on their parts the layers above may fail."""
-        self._backward._count_runs((images,), None)
+    def holds(self, tiling: Tiling, images: Tensor, output: Tensor) -> bool:
+        """Whether the layer gives on an image's first, middle and last tile what it gives on the whole image.
+
+        images: one (1, C, H, W); output: the layer's (1, C, h, w) of it.
+        """
+        self._backward._count_runs((images,), None)  # of whole images: the layers above may fail on their parts
+        last = torch.tensor([output.shape[2] - 1, output.shape[3] - 1], device=images.device)
+        positions = torch.stack([last * 0, torch.div(last, 2, rounding_mode="floor"), last])
+        steps = tiling.steps(positions)
+        tiles = tiling.cut(images.detach(), torch.zeros_like(positions[:, 0]), steps)
+        try:
+            found = maps_of(self._backward.activations(tiles))
+            rows, columns = (positions - steps).unbind(1)
+            found = found[torch.arange(len(positions), device=images.device), :, rows, columns]
+        except (RuntimeError, ValueError, IndexError):  # made for one size of image
+            return False
+        rows, columns = positions.unbind(1)
+        return agree(found.flatten(), output[0, :, rows, columns].T.flatten(), output)
 
     # -- projections
 
@@ -281,7 +296,7 @@ class DeconvNet:
     def project_tiles(
         self, tiles: Tensor, channels: Tensor, positions: Tensor, steps: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Projections (M, C, h, w) on tiles (M, C, h, w) and the activations (M,); None if the model cannot run on them.
+        """Projections (M, C, h, w) on tiles (M, C, h, w) and the activations (M,); None if the model cannot run there.
 
         channels (M,); positions (M, 2) in the whole image's map; steps (M, 2), where the tiles lie.
         """
@@ -331,8 +346,8 @@ class DeconvNet:
         Returns:
             :class:`convviz_cuda.top_activations.TopActivations`.
 
-        Raises ValueError or TypeError for arguments that make no sense, a shuffled loader, a data set without images, one
-        of several sizes, or more patches than ``memory_limit``; IndexError for a channel out of range.
+        Raises ValueError or TypeError for arguments that make no sense, a shuffled loader, a data set without images or
+        with several sizes, or more patches than ``memory_limit``; IndexError for a channel out of range.
         """
         from .top_activations import top_activations
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -86,6 +87,29 @@ def signed_rgb(attribution: np.ndarray, limit: float) -> np.ndarray:
     picture = np.rint(np.nan_to_num(share) * 127.0 + 128.0).astype(np.uint8)
     picture[np.isnan(share).any(-1)] = NAN_COLOUR
     return picture
+
+
+def three_channels(values: np.ndarray) -> np.ndarray:
+    """[3, H, W] of an attribution or image [C, H, W]: as it is for three channels, else three times the mean."""
+    return (
+        values if len(values) == 3 else np.broadcast_to(values.mean(0, keepdims=True), (3, *values.shape[1:]))
+    )
+
+
+def denormalised(values: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """The picture, uint8 [H, W, 3], of an input [C, H, W] of a network; mean and std of its normalisation, in 0..1."""
+    mean, std = (np.asarray(t, dtype=np.float32).reshape(-1, 1, 1) for t in (mean, std))
+    shown = np.clip(three_channels(values * std + mean), 0.0, 1.0) * 255.0
+    return np.rint(shown).astype(np.uint8).transpose(1, 2, 0)
+
+
+def resized(pixels: np.ndarray, side: int, smooth: bool) -> np.ndarray:
+    """A picture [H, W, 3] as a square; what is not smooth keeps its pixels where it is enlarged."""
+    from PIL import Image as images
+
+    rough = images.Resampling.NEAREST if max(pixels.shape[:2]) <= side else images.Resampling.BOX
+    kind = images.Resampling.BICUBIC if smooth else rough
+    return np.asarray(images.fromarray(np.ascontiguousarray(pixels)).resize((side, side), kind))
 
 
 def overlay(

@@ -86,11 +86,11 @@ class ReceptiveField:
         inside: boxes of one size, moved into the image instead of clipped to it.
         """
         low, high = [], []
-        for number, (field, pixels) in enumerate(
+        for number, (axis, pixels) in enumerate(
             zip((self.vertical, self.horizontal), self.image, strict=True)
         ):
-            first = positions[..., number] * (field.stride if field else 0) + (field.offset if field else 0)
-            size = field.size if field else pixels
+            first = positions[..., number] * (axis.stride if axis else 0) + (axis.offset if axis else 0)
+            size = axis.size if axis else pixels
             if inside:
                 first, size = first.clamp(0, max(0, pixels - size)), min(size, pixels)
             low.append(first.clamp(0, pixels))

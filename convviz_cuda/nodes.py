@@ -222,7 +222,7 @@ class AvgPool2d(Function):
 
 
 class LocalResponseNorm(Function):
-    """x / (k + alpha / size * sum over neighbouring channels of x^2) ^ beta; the session may take it for the identity."""
+    """x / (k + alpha / size * sum over neighbouring channels of x^2) ^ beta; the identity where the session says so."""
 
     @staticmethod
     def forward(ctx, x, size, alpha, beta, k, session):

@@ -16,6 +16,7 @@ from .journal import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 
 def picture(**options: Any) -> Any:
@@ -46,6 +47,12 @@ class Result:
         path = Path(path)
         draw = functools.partial(self.figure().savefig, format=path.suffix[1:] or "png", dpi=110)
         write_atomically(path, draw)
+
+
+def write_picture(path: str | Path, image: Image) -> None:
+    """Write a PIL image, of the format that the file's name ends with, replacing the file in one step."""
+    path = Path(path)
+    write_atomically(path, lambda file: image.save(file, format=(path.suffix[1:] or "png").upper()))
 
 
 def _plain(value: Any) -> Any:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 
-from .deconvnet import MEMORY, DeconvNet, agree, maps_of
-from .imaging import colour_limit, number, signed_rgb
+from .deconvnet import MEMORY, DeconvNet, maps_of
+from .imaging import colour_limit, denormalised, number, resized, signed_rgb, three_channels
 from .journal import digest, write_atomically
 from .network import CannotCapture, capture
 from .progress import Progress
-from .results import Result, picture
+from .results import Result, picture, write_picture
 from .sheets import Panel, Row, beside, sheet
 from .tiles import Tiling
 
@@ -109,16 +109,14 @@ class TopActivations(Result):
         return sheet(
             rows,
             title=title or f"Strongest activations of {self.layer}",
-            note=f"For each feature map of {self.layer} its strongest activations over {self.count} images, at most one of an "
-            f"image: DeconvNet projections (grey is 0, each at its own scale) beside what they see, {size} pixels.",
+            note=f"The strongest activations over {self.count} images, at most one of an image, of each feature map: "
+            f"DeconvNet projections (grey is 0, each at its own scale) beside what they see, {size} pixels.",
             width=panels[0].pixels.shape[1],
         )
 
     def plot(self, path: str | Path, **options: Any) -> None:
         """Write :meth:`sheet` into a file."""
-        path = Path(path)
-        image = self.sheet(**options)
-        write_atomically(path, lambda file: image.save(file, format=(path.suffix[1:] or "png").upper()))
+        write_picture(path, self.sheet(**options))
 
     def _caption(self, channel: int, names: Callable[[int], str] | None) -> str:
         place = int((self.channels == channel).nonzero()[0, 0])
@@ -143,40 +141,14 @@ class TopActivations(Result):
                     continue
                 values = getattr(self, kind)(channel, rank, frame=True).float().cpu().numpy()
                 if kind == "projection":
-                    pixels = signed_rgb(_three(values), colour_limit(values))
+                    pixels = signed_rgb(three_channels(values), colour_limit(values))
                 else:
-                    pixels = _pixels(values, mean, std)
+                    pixels = denormalised(values, mean, std)
                 y, x = divmod(rank, across)
                 y, x = y * (side + 2), x * (side + 2)
-                block[y : y + side, x : x + side] = _resize(pixels, side, smooth=kind == "patch")
+                block[y : y + side, x : x + side] = resized(pixels, side, smooth=kind == "patch")
             blocks.append(block)
         return beside(*blocks, gap=8)
-
-
-def _three(values: np.ndarray) -> np.ndarray:
-    return (
-        values if len(values) == 3 else np.broadcast_to(values.mean(0, keepdims=True), (3, *values.shape[1:]))
-    )
-
-
-def _pixels(values: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    mean, std = (np.asarray(t, dtype=np.float32).reshape(-1, 1, 1) for t in (mean, std))
-    shown = np.clip(_three(values) * std + mean, 0.0, 1.0) * 255.0
-    return np.rint(shown).astype(np.uint8).transpose(1, 2, 0)
-
-
-def _resize(pixels: np.ndarray, side: int, smooth: bool) -> np.ndarray:
-    from PIL import Image as images
-
-    enlarged = max(pixels.shape[:2]) <= side
-    kind = (
-        images.Resampling.BICUBIC
-        if smooth
-        else images.Resampling.NEAREST
-        if enlarged
-        else images.Resampling.BOX
-    )
-    return np.asarray(images.fromarray(np.ascontiguousarray(pixels)).resize((side, side), kind))
 
 
 # -- data sets
@@ -341,8 +313,8 @@ class _Run:
             if needed > self.memory_limit:
                 raise ValueError(
                     f"The patches{' and projections' if self.project else ''} of "
-                    f"{sum(len(layer.channels) for layer in layers)} feature maps take {needed:,} bytes, but memory_limit "
-                    f"is {self.memory_limit:,}: name fewer channels at a time, or raise it."
+                    f"{sum(len(layer.channels) for layer in layers)} feature maps take {needed:,} bytes, but "
+                    f"memory_limit is {self.memory_limit:,}: name fewer channels at a time, or raise it."
                 )
             self.layers = layers
         if images.shape[1:] != self.layers[0].shape:
@@ -498,19 +470,9 @@ class _Layer:
     def _tiling(self, images: Tensor, output: Tensor) -> tuple[Tiling, str | None]:
         """The tiles, if the network gives the same activations on them."""
         tiling, reason = self.net.tiling(images)
-        if reason is not None:
-            return tiling, reason
-        item = torch.zeros(1, dtype=torch.long, device=images.device)
-        corner = torch.tensor([output.shape[2] - 1, output.shape[3] - 1], device=images.device)
-        for position in (corner * 0, corner, torch.div(corner, 2, rounding_mode="floor")):
-            steps = tiling.steps(position[None])
-            self.net.see(images)
-            tile = tiling.cut(images, item, steps)
-            found = self.net.project_tiles(tile, self.channels[:1], position[None], steps)
-            expected = output[:1, self.channels[0], position[0], position[1]]
-            if found is None or not agree(found[1], expected, output[0]):
-                return self.net.forget(images)
-        return tiling, None
+        if reason is None and not self.net.holds(tiling, images[:1], output[:1]):
+            return self.net.forget(images)
+        return tiling, reason
 
     def _patch_shape(self) -> tuple[int, ...]:
         return (len(self.channels), self.k, self.shape[0], *self.tiling.size)

@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -157,24 +157,26 @@ def train(
     *,
     build: Callable[[], nn.Module] = lambda: zfnet_mini(pretrained=False),
     data: Data | None = None,
-    keep_checkpoints: bool = False,
+    keep_checkpoints: bool | Collection[int] = False,
     workers: int = 0,
     say: Say = print,
 ) -> dict:
     """Train and return the record, taking up a stopped run of the same settings in ``out``.
 
     build: makes the untrained model.  data: the scenes, where they are rendered for these settings already.
-    keep_checkpoints: also keep ``checkpoints/epoch_000.safetensors`` (untrained) and one file per epoch.
+    keep_checkpoints: also keep ``checkpoints/epoch_000.safetensors`` (untrained) and one file per epoch; or only
+    those of the epochs named.
     Raises ValueError, before anything is written, if ``out`` is a file or holds a run of other settings;
     FloatingPointError if the loss diverges (the finished epochs are kept).
     """
     out, settings = Path(out), settings or Settings()
+    kept = _kept_epochs(keep_checkpoints, settings.epochs)
     state = _read_state(out, settings)
     if state is not None and state["epoch"] == settings.epochs:
         say(f"{out} already holds this run, finished.")
         return json.loads((out / f"{NAME}.json").read_text())
     checkpoints = out / "checkpoints"
-    (checkpoints if keep_checkpoints else out).mkdir(parents=True, exist_ok=True)
+    (checkpoints if kept else out).mkdir(parents=True, exist_ok=True)
     data = data or render(settings, workers, say)
 
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
@@ -185,7 +187,7 @@ def train(
         if state is None:
             state = {"settings": asdict(settings), "epoch": 0, "history": []}
             state |= {"seconds": 0.0, "cpu_seconds": 0.0}
-            if keep_checkpoints:
+            if 0 in kept:
                 save_weights(model, checkpoints / "epoch_000.safetensors")
         else:
             model.load_state_dict(state["model"])
@@ -204,7 +206,7 @@ def train(
             state["cpu_seconds"] += time.process_time() - cpu_start
             state["history"].append(dict(zip(_COLUMNS, (epoch + 1, loss, accuracy, held_out), strict=True)))
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if keep_checkpoints:
+            if epoch + 1 in kept:
                 save_weights(model, checkpoints / f"epoch_{epoch + 1:03d}.safetensors")
             record = _store(out, settings, state, model, per_class)
             left = (settings.epochs - epoch - 1) * state["seconds"] / (epoch + 1)
@@ -253,6 +255,17 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(new, path)
 
 
+def _kept_epochs(kept: bool | Collection[int], epochs: int) -> frozenset[int]:
+    if isinstance(kept, bool):
+        return frozenset(range(epochs + 1) if kept else ())
+    for epoch in kept:
+        if not 0 <= epoch <= epochs:
+            raise ValueError(
+                f"There is no checkpoint of epoch {epoch} in a run of {epochs}, counted from 0 (untrained)."
+            )
+    return frozenset(kept)
+
+
 def _read_state(out: Path, settings: Settings) -> dict | None:
     nearest = next((path for path in (out, *out.parents) if path.exists()), None)
     if nearest is not None and not nearest.is_dir():
@@ -280,7 +293,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", required=True, type=Path, help="folder for weights, record and state")
     for name, value in asdict(Settings()).items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
-    add("--keep-checkpoints", action="store_true", help="keep the weights of every epoch")
+    add(
+        "--keep-checkpoints",
+        nargs="?",
+        const="all",
+        metavar="EPOCHS",
+        help="keep the weights of every epoch, or of those named: 0,1,2,4,7",
+    )
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that generate scenes")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads that train")
     options = vars(parser.parse_args(arguments))
@@ -290,6 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
         if workers < 0 or threads < 1:
             raise ValueError(f"It takes 0 workers or more and 1 thread or more, not {workers} and {threads}.")
         settings = Settings(**options)
+        kept = _parse_epochs(keep_checkpoints)
+        _kept_epochs(kept, settings.epochs)
         _read_state(out, settings)
     except ValueError as error:
         parser.error(str(error))
@@ -297,13 +318,24 @@ def main(arguments: list[str] | None = None) -> int:
     # Each line at once, also into a file or a pipe.
     say = lambda line: print(line, flush=True)  # noqa: E731
     try:
-        record = train(out, settings, keep_checkpoints=keep_checkpoints, workers=workers, say=say)
+        record = train(out, settings, keep_checkpoints=kept, workers=workers, say=say)
     except KeyboardInterrupt:
         print("Stopped. The finished epochs are kept: the same command goes on after them.", file=sys.stderr)
         return 130
     worst, least = min(record["held_out_accuracy_per_class"].items(), key=lambda item: item[1])
     say(f"held out {record['held_out_accuracy']:.2%}, least {worst} {least:.2%}, in {record['seconds']} s")
     return 0
+
+
+def _parse_epochs(text: str | None) -> bool | list[int]:
+    if text is None or text == "all":
+        return text is not None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--keep-checkpoints takes epochs with commas between them, but it is {text!r}."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     with tarfile.open(archive) as opened:
         packed = {name.partition("/")[2] for name in opened.getnames()}
     needed = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
-    for pattern in ("csrc/**/*.*", "convviz_cuda/**/*.py", "convviz_cuda/weights/*"):
+    for pattern in ("csrc/**/*.*", "convviz_cuda/**/*.py", "convviz_cuda/weights/**/*.*"):
         needed += [path.relative_to(tree).as_posix() for path in tree.glob(pattern)]
     assert set(needed) <= packed
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]

@@ -65,6 +65,20 @@ def test_training_writes_weights_record_and_checkpoints(whole, data):
     assert not torch.equal(first["conv1.weight"], last["conv1.weight"])
 
 
+def test_a_thinned_set_of_checkpoints(whole, data, tmp_path):
+    training.train(tmp_path / "thin", TINY, data=data, keep_checkpoints=[0, 2], say=lambda line: None)
+    kept = sorted((tmp_path / "thin" / "checkpoints").iterdir())
+    assert [p.name for p in kept] == ["epoch_000.safetensors", "epoch_002.safetensors"]
+    for path in kept:
+        mine, theirs = load_file(path), load_file(whole[0] / "checkpoints" / path.name)
+        assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    with pytest.raises(ValueError, match="no checkpoint of epoch 3 in a run of 2"):
+        training.train(tmp_path / "none", TINY, data=data, keep_checkpoints=[3])
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit):
+        training.main(["--out", str(tmp_path / "none"), "--keep-checkpoints", "0,x"])
+
+
 def test_training_is_seeded_and_leaves_the_callers_generator_alone(whole, data, tmp_path):
     torch.manual_seed(123)
     before = torch.get_rng_state()

@@ -11,7 +11,7 @@ from .console import refusing
 
 app = typer.Typer(
     name="convviz",
-    help="Look into convolutional networks: saliency, guided backprop, deconvnet and occlusion, fast and exactly.",
+    help="Look into convolutional networks: attribution maps, and the experiments of Zeiler & Fergus.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -148,3 +148,176 @@ def attribute(
             device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite, out=out,
         )  # fmt: skip
         raise typer.Exit(run(request, images))
+
+
+# -- experiments
+
+OutFolder = Annotated[Path, typer.Option(help="Folder for pictures and JSON.")]
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(help="Image files, folders, glob patterns. [default: generated scenes, for zfnet_mini]"),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="zfnet_mini, torchvision:NAME, package.module:callable or file.py:callable.",
+        rich_help_panel="Model",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="State dict, .safetensors or .pt (weights_only).", rich_help_panel="Model"),
+]
+Scenes = Annotated[int, typer.Option(help="How many scenes are generated.", rich_help_panel="Pictures")]
+Seed = Annotated[int, typer.Option(help="Another seed gives other scenes.", rich_help_panel="Pictures")]
+Resize = Annotated[
+    int, typer.Option(help="Short side in pixels; 0 keeps the size.", rich_help_panel="Pictures")
+]
+Crop = Annotated[int, typer.Option(help="Side of the centre crop; 0 for none.", rich_help_panel="Pictures")]
+Mean = Annotated[str, typer.Option(help="Per channel, in 0..1.", rich_help_panel="Pictures")]
+Std = Annotated[str, typer.Option(help="Per channel, in 0..1.", rich_help_panel="Pictures")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1...", rich_help_panel="Running")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a pass.", rich_help_panel="Running")]
+IMAGENET = ("0.485,0.456,0.406", "0.229,0.224,0.225")
+
+
+def _subject(images, model, weights, resize, crop, mean, std, scenes, seed, device, out, batch_size):
+    from ..preprocess import Preprocess
+    from .console import arguments
+    from .experiments import subject
+    from .request import as_device, as_numbers
+
+    with arguments():
+        preprocess = Preprocess(
+            resize or None, crop or None, as_numbers("--mean", mean), as_numbers("--std", std)
+        )
+        where = as_device(device)
+    return subject(images or [], model, weights, preprocess, scenes, seed, where, out, batch_size)
+
+
+@app.command()
+def features(
+    out: OutFolder,
+    images: Images = None,
+    model: Model = "zfnet_mini",
+    weights: Weights = None,
+    layers: Annotated[str, typer.Option(help="Names, with commas between them.")] = "conv2,conv5",
+    channels: Annotated[str, typer.Option(help="Feature maps, such as 0-11,20, or all.")] = "0-11",
+    k: Annotated[int, typer.Option(help="Activations of each feature map, at most one of an image.")] = 9,
+    overlap: Annotated[
+        str, typer.Option(help="sum or overwrite: what overlapping pooling windows do.")
+    ] = "sum",
+    norm: Annotated[
+        str, typer.Option(help="identity or gradient: what contrast normalisation does.")
+    ] = "identity",
+    scenes: Scenes = 512,
+    seed: Seed = 0,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    mean: Mean = IMAGENET[0],
+    std: Std = IMAGENET[1],
+    device: Device = "auto",
+    batch_size: BatchSize = 32,
+) -> None:
+    """The strongest activations of feature maps over many images, projected to pixels, beside what they see.
+
+    Zeiler & Fergus 2013, figure 2. Broken off, the same command goes on from there.
+    """
+    from .experiments import features as run
+
+    with refusing():
+        shown = _subject(
+            images, model, weights, resize, crop, mean, std, scenes, seed, device, out, batch_size
+        )
+        run(shown, layers, channels, k, overlap, norm, out, batch_size)
+
+
+@app.command()
+def evolve(
+    out: OutFolder,
+    images: Images = None,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--checkpoint",
+            help="A file, or a folder of them in the order of their names; give it again for more. "
+            "[default: those of zfnet_mini that come along]",
+        ),
+    ] = None,
+    model: Model = "zfnet_mini",
+    layers: Annotated[
+        str, typer.Option(help="Names, with commas between them.")
+    ] = "conv1,conv2,conv3,conv4,conv5",
+    maps: Annotated[int, typer.Option(help="Feature maps of each layer in the picture.")] = 3,
+    scenes: Scenes = 192,
+    seed: Seed = 0,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    mean: Mean = IMAGENET[0],
+    std: Std = IMAGENET[1],
+    device: Device = "auto",
+    batch_size: BatchSize = 32,
+) -> None:
+    """How features form: the strongest activation of each feature map at every checkpoint of a training.
+
+    Zeiler & Fergus 2013, figure 4. `python -m convviz_cuda.training --out DIR --keep-checkpoints 0,1,2,4,7,14`
+    makes checkpoints of zfnet_mini.
+    """
+    from .experiments import evolve as run
+
+    with refusing():
+        shown = _subject(images, model, None, resize, crop, mean, std, scenes, seed, device, out, batch_size)
+        run(shown, checkpoints or [], layers, maps, out, batch_size)
+
+
+@app.command()
+def invariance(
+    out: OutFolder,
+    images: Images = None,
+    model: Model = "zfnet_mini",
+    weights: Weights = None,
+    layers: Annotated[str, typer.Option(help="Names, with commas between them.")] = "relu1,relu7",
+    transforms: Annotated[
+        str, typer.Option(help="Any of translate, scale, rotate, with commas between them.")
+    ] = "translate,scale,rotate",
+    fill: Annotated[str, typer.Option(help="Beyond the border: edge, reflect or a number.")] = "edge",
+    scenes: Scenes = 5,
+    seed: Seed = 0,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    mean: Mean = IMAGENET[0],
+    std: Std = IMAGENET[1],
+    device: Device = "auto",
+    batch_size: BatchSize = 32,
+) -> None:
+    """How far features move, and the class's probability, when images are translated, scaled and rotated.
+
+    Zeiler & Fergus 2013, figure 5. The class is the one that the model predicts for the original.
+    """
+    from .experiments import invariance as run
+
+    with refusing():
+        shown = _subject(
+            images, model, weights, resize, crop, mean, std, scenes, seed, device, out, batch_size
+        )
+        run(shown, transforms, layers, fill, out, batch_size)
+
+
+@app.command()
+def correspond(
+    out: OutFolder,
+    of: Annotated[str, typer.Option(help="Class of the generated scenes.")] = "owl",
+    layers: Annotated[str, typer.Option(help="Names, with commas between them.")] = "pool5,relu6,relu7",
+    draws: Annotated[int, typer.Option(help="Random boxes for each part and scene.")] = 10,
+    weights: Weights = None,
+    scenes: Scenes = 12,
+    seed: Seed = 0,
+) -> None:
+    """Whether hiding the same part of several objects moves the features of zfnet_mini alike, against random boxes.
+
+    Zeiler & Fergus 2013, table 1. Lower is more alike.
+    """
+    from .experiments import correspond as run
+
+    with refusing():
+        run(of, scenes, seed, layers, draws, weights, out)

@@ -79,7 +79,7 @@ class Request:
             if channel is not None and channel < 0:
                 raise ValueError(f"--channel counts from 0, but it is {channel}.")
             preprocess = Preprocess(
-                resize or None, crop or None, _numbers("--mean", mean), _numbers("--std", std)
+                resize or None, crop or None, as_numbers("--mean", mean), as_numbers("--std", std)
             )
             occluder = _occluder(window, stride, methods, preprocess.crop)
             if dtype not in DTYPES:
@@ -100,7 +100,7 @@ class Request:
                 occluder=occluder,
                 preprocess=preprocess,
                 labels=read_labels(labels) if labels is not None else None,
-                device=_device(device),
+                device=as_device(device),
                 dtype=dtype,
                 out=out,
                 weights=weights,
@@ -135,7 +135,7 @@ class Request:
         return digest(image, method.name, settings)
 
 
-def _numbers(option: str, text: str) -> tuple[float, ...]:
+def as_numbers(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -163,7 +163,7 @@ def _target(text: str) -> int | None:
         raise ValueError(f"--target is pred or the index of a class, but it is {text!r}.") from None
 
 
-def _device(text: str) -> torch.device:
+def as_device(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

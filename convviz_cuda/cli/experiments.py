@@ -1,0 +1,311 @@
+"""``convviz features``, ``evolve``, ``invariance``, ``correspond``, ``probes`` and ``ablate``: one experiment each."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import models, scenes
+from ..batch import ImageError, find_images
+from ..journal import digest
+from ..loading import load_model, load_weights
+from ..preprocess import Preprocess, open_image
+from ..results import Result
+from .console import Refusal, arguments, counted, say
+
+MINI = "zfnet_mini"
+FIRST_SET = (
+    1 << 41
+)  # sets of scenes from here on are the experiments'; training and its tests take small seeds
+SIDE = 96
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode and the images it is shown."""
+
+    model: nn.Module
+    images: Callable[[], Iterator[Tensor]]  # batches, the same each time
+    count: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    about: dict[str, Any]
+
+    def tensor(self) -> Tensor:
+        """All images at once."""
+        return torch.cat(list(self.images()))
+
+
+def subject(
+    paths: Sequence[str],
+    model: str,
+    weights: Path | None,
+    preprocess: Preprocess,
+    count: int,
+    seed: int,
+    device: torch.device,
+    out: Path,
+    batch_size: int = 32,
+) -> Subject:
+    """The model and its images: files, or ``count`` generated scenes for ``zfnet_mini``. Raises Refusal."""
+    _check_out(out)
+    with arguments():
+        if model == MINI:
+            net = models.zfnet_mini(pretrained=weights is None)
+            if weights is not None:
+                load_weights(net, weights)
+            preprocess = Preprocess(SIDE, SIDE, models.ZFNET_MINI_MEAN, models.ZFNET_MINI_STD)
+        else:
+            net = load_model(model, weights)
+            if not paths:
+                raise ValueError(f"The model {model!r} needs images: name files, folders or patterns.")
+        files = find_images(paths, exclude=out) if paths else []
+        if not files and count < 1:
+            raise ValueError(f"--scenes must be at least 1, but it is {count}.")
+        if seed < 0:
+            raise ValueError(f"--seed counts from 0, but it is {seed}.")
+    net = net.to(device).requires_grad_(False)
+    about = {"model": model, "weights": None if weights is None else str(weights)}
+    mean, std = preprocess.mean, preprocess.std
+    if files:
+        files = [file for file in files if _readable(file, preprocess)]
+        if not files:
+            raise Refusal("None of the images can be used.")
+        about["images"] = [str(file) for file in files]
+
+        def batches() -> Iterator[Tensor]:
+            for start in range(0, len(files), batch_size):
+                part = [
+                    preprocess.tensor(_picture(file, preprocess))
+                    for file in files[start : start + batch_size]
+                ]
+                yield torch.stack(part).to(device)
+
+        return Subject(net, batches, len(files), mean, std, about)
+    about |= {"scenes": count, "seed": seed}
+
+    def generated() -> Iterator[Tensor]:
+        data = scenes.Scenes(count, FIRST_SET + seed, SIDE)
+        for start in range(0, count, batch_size):
+            part = torch.stack([data[i][0] for i in range(start, min(start + batch_size, count))])
+            yield models.preprocess(part).to(device)
+
+    return Subject(net, generated, count, mean, std, about)
+
+
+def _picture(file: Path, preprocess: Preprocess) -> Any:
+    return preprocess.picture(open_image(file))
+
+
+def _readable(file: Path, preprocess: Preprocess) -> bool:
+    try:
+        _picture(file, preprocess)
+    except (OSError, ValueError, ImageError) as error:
+        say(f"{file} is skipped: {error}")
+        return False
+    return True
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise Refusal(f"--out is a folder, but {str(out)!r} is a file.")
+
+
+def _layers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--layers names no layer.")
+    return list(dict.fromkeys(names))
+
+
+def _numbers(option: str, text: str) -> list[int] | None:
+    """``"all"``, or ``"0-11,20"``."""
+    if text == "all":
+        return None
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            found += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise ValueError(f"{option} is 'all' or numbers such as 0-11,20, but it is {text!r}.") from None
+    return list(dict.fromkeys(found))
+
+
+def _name(layer: str) -> str:
+    return layer.replace("/", "_") or "model"
+
+
+class _Report:
+    """Writes results and says which files there are at the end."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.start, self.files = out, time.perf_counter(), []
+
+    def json(self, name: str, result: Result) -> None:
+        result.write_json(self.out / name)
+        self.files.append(name)
+
+    def picture(self, name: str, write: Callable[[Path], object]) -> None:
+        write(self.out / name)
+        self.files.append(name)
+
+    def end(self) -> None:
+        print(f"Written in {time.perf_counter() - self.start:.1f} s:")
+        for name in self.files:
+            print(f"  {self.out / name}")
+
+
+def features(
+    shown: Subject, layers: str, channels: str, k: int, overlap: str, norm: str, out: Path, batch_size: int
+) -> None:
+    """The strongest activations of feature maps, their patches and projections."""
+    from ..deconvnet import DeconvNet
+    from ..top_activations import top_activations
+
+    # Of these images and this request alone: another one does not go on from here.
+    state = out / f"features-{digest(shown.about, layers, channels, k, overlap, norm)}.state"
+    report = _Report(out)
+    with arguments():
+        nets = [DeconvNet(shown.model, layer, overlap, norm=norm) for layer in _layers(layers)]
+        wanted = _numbers("--channels", channels)
+        try:
+            found = top_activations(
+                nets, shown.images(), wanted, k, batch_size=batch_size, state=state, progress=True
+            )
+        except IndexError as error:
+            raise ValueError(str(error)) from None
+        except KeyboardInterrupt:
+            say("Interrupted; the same command goes on from here.")
+            raise
+    for top in found:
+        name = _name(top.layer)
+        report.json(f"{name}.json", top)
+        every = top.channels.tolist()
+        pages = [every[i : i + 24] for i in range(0, len(every), 24)]
+        for number, page in enumerate(pages):
+            draw = functools.partial(top.plot, channels=page, mean=shown.mean, std=shown.std)
+            report.picture(f"{name}.png" if len(pages) == 1 else f"{name}-{number:02d}.png", draw)
+        if top.reason is not None:
+            say(f"{top.layer}: patches are whole images. {top.reason}")
+    state.unlink(missing_ok=True)
+    print(
+        f"{counted(sum(len(t.channels) for t in found), 'feature map')} over {counted(shown.count, 'image')}."
+    )
+    report.end()
+
+
+def evolve(
+    shown: Subject, checkpoints: Sequence[Path], layers: str, maps: int, out: Path, batch_size: int
+) -> None:
+    """How feature maps form over checkpoints of a training."""
+    from ..experiments import feature_evolution
+
+    report = _Report(out)
+    with arguments():
+        if maps < 1:
+            raise ValueError(f"--maps must be at least 1, but it is {maps}.")
+        given = models.zfnet_mini_checkpoints() if not checkpoints else _checkpoints(checkpoints)
+        found = feature_evolution(
+            shown.model, given, list(shown.images()), _layers(layers), batch_size=batch_size, progress=True
+        )
+    report.json("evolution.json", found)
+    report.picture("evolution.png", lambda path: found.plot_sheet(path, channels=maps))
+    report.picture("settling.png", found.plot)
+    for layer, name in found.settled().items():
+        when = "never" if name is None else f"from {name} on"
+        print(f"{layer}: as in {found.checkpoints[-1]} (correlation of 0.8 and more) {when}.")
+    report.end()
+
+
+def _checkpoints(paths: Sequence[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pt", ".pth"))
+            if not inside:
+                raise FileNotFoundError(f"There are no checkpoints in the folder {str(path)!r}.")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+# The paper's axes: figure 5.
+VALUES = {
+    "translate": lambda side: [round(side * step / 40) for step in range(-10, 11)],
+    "scale": lambda side: [1 + step / 20 for step in range(17)],
+    "rotate": lambda side: list(range(0, 361, 10)),
+}
+
+
+def invariance(shown: Subject, transforms: str, layers: str, fill: str, out: Path, batch_size: int) -> None:
+    """How far features move under translation, scale and rotation."""
+    from ..experiments import feature_invariance
+
+    report, results = _Report(out), []
+    with arguments():
+        names = _layers(transforms)
+        unknown = [name for name in names if name not in VALUES]
+        if unknown:
+            raise ValueError(f"--transforms holds any of {', '.join(VALUES)}, but also {unknown[0]!r}.")
+        border: str | float = fill
+        if fill not in ("edge", "reflect"):
+            try:
+                border = float(fill)
+            except ValueError:
+                raise ValueError(f"--fill is edge, reflect or a number, but it is {fill!r}.") from None
+        images = shown.tensor()
+        for name in names:
+            values = VALUES[name](min(images.shape[2:]))
+            results.append(
+                feature_invariance(
+                    shown.model, images, name, values, _layers(layers), fill=border, batch_size=batch_size,
+                    progress=True,
+                )
+            )  # fmt: skip
+    for found in results:
+        report.json(f"{found.transform}.json", found)
+        report.picture(f"{found.transform}.png", found.plot)
+    report.end()
+
+
+def correspond(
+    of: str, count: int, seed: int, layers: str, draws: int, weights: Path | None, out: Path
+) -> None:
+    """Whether named parts of generated objects move the features alike."""
+    from ..experiments import correspondence
+
+    with arguments():
+        if of not in scenes.CLASSES:
+            raise ValueError(f"--of is one of {', '.join(scenes.CLASSES)}, but it is {of!r}.")
+        if count < 2:
+            raise ValueError(f"--scenes must be at least 2, but it is {count}.")
+        if seed < 0:
+            raise ValueError(f"--seed counts from 0, but it is {seed}.")
+    report = _Report(out)
+    _check_out(out)
+    label = scenes.CLASSES.index(of)
+    first = (FIRST_SET + seed) * scenes.MAX_SEED
+    shown = [scenes.make_scene(first + i, SIDE, label) for i in range(count)]
+    with arguments():
+        if not shown[0].parts:
+            raise ValueError(f"A {of} has no named parts.")
+        model = models.zfnet_mini(pretrained=weights is None)
+        if weights is not None:
+            load_weights(model, weights)
+        parts = {name: [scene.parts[name] for scene in shown] for name in shown[0].parts}
+        images = models.preprocess(np.stack([scene.image for scene in shown]))
+        found = correspondence(model, images, parts, _layers(layers), draws=draws, seed=seed, progress=True)
+    report.json("correspondence.json", found)
+    report.picture("correspondence.png", found.plot)
+    print(found.table())
+    report.end()
