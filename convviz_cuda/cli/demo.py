@@ -16,15 +16,29 @@ from rich.table import Table
 from torch import nn
 
 from .. import models, scenes
-from ..imaging import PLUS_MINUS, colour_limit, colours, number, range_text, reduce_channels, signed_rgb
+from ..activations import LayerReader
+from ..experiments import feature_evolution
+from ..imaging import (
+    PLUS_MINUS,
+    colour_limit,
+    colours,
+    denormalised,
+    number,
+    range_text,
+    reduce_channels,
+    resized,
+    signed_rgb,
+)
 from ..journal import write_atomically
 from ..sheets import ColourBar, Panel, Row, beside, sheet
 from ..version import __version__
 from .console import Refusal, arguments
-from .methods import METHODS, Occluder, StrongestUnit, attribute_class, attribute_unit
+from .methods import METHODS, Occluder, attribute_class
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ..top_activations import TopActivations
 
 SIDE = 96
 SHOWN = ("saliency", "guided", "deconvnet", "occlusion")
@@ -52,9 +66,14 @@ def run(out: Path, seed: int) -> None:
     predictions = [_prediction(shown[i], probabilities[i], i, seed) for i in range(len(shown))]
 
     pictures = {"classes.png": _class_sheet(model, inputs, shown, predictions, detail)}
-    pictures["units.png"], units = _unit_sheet(model, inputs, shown)
+    layers = [name for name, layer in model.named_children() if isinstance(layer, nn.Conv2d)]
+    evolution = feature_evolution(model, models.zfnet_mini_checkpoints(), inputs, layers)
+    # Its last checkpoint is the model itself.
+    pictures["units.png"], units = _unit_sheet(evolution.strongest[-1], _sizes(model, layers))
+    pictures["evolution.png"] = evolution.sheet(channels=2)
     for name, picture in pictures.items():
         write_atomically(out / name, functools.partial(picture.save, format="PNG"))
+    evolution.plot(out / "settling.png")
     right = sum(p["class"] == p["predicted"] for p in predictions)
     record = {
         "version": __version__,
@@ -64,13 +83,23 @@ def run(out: Path, seed: int) -> None:
         "right": right,
         "predictions": predictions,
         "units": units,
-        "files": sorted(pictures),
+        "settled": evolution.settled(),
+        "files": sorted([*pictures, "settling.png"]),
     }
     write_atomically(out / "predictions.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
     _print(predictions, detail, right)
+    for layer, name in record["settled"].items():
+        print(f"{layer} ranks the scenes as the trained network does from {name} of its training on.")
     print(f"Written in {time.perf_counter() - start:.1f} s:")
-    for name in (*sorted(pictures), "predictions.json"):
+    for name in (*record["files"], "predictions.json"):
         print(f"  {out / name}")
+
+
+def _sizes(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Of the layers' maps, as text."""
+    with torch.no_grad():
+        _, maps = LayerReader(model, layers)(torch.zeros(1, 3, SIDE, SIDE))
+    return ["x".join(map(str, each.shape[2:])) for each in maps]
 
 
 def _scenes(seed: int, of_each: int) -> list[scenes.Scene]:
@@ -142,70 +171,48 @@ def _class_sheet(
     )
 
 
-def _unit_sheet(
-    model: nn.Sequential, inputs: torch.Tensor, shown: Sequence[scenes.Scene]
-) -> tuple[Image, list[dict[str, Any]]]:
+def _unit_sheet(tops: Sequence[TopActivations], sizes: Sequence[str]) -> tuple[Image, list[dict[str, Any]]]:
     """For each convolution the units of the strongest activations: projections beside what they saw."""
     rows, record = [], []
-    method = METHODS["deconvnet"]
-    signal = inputs
-    for name, layer in model.named_children():
-        with torch.no_grad():
-            signal = layer(signal)
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        strongest, where = signal.amax((2, 3)).max(0)  # of each channel, over all scenes
-        channels = strongest.topk(min(UNITS, len(strongest))).indices.tolist()
-        chosen = [int(where[c]) for c in channels]
-        selector = StrongestUnit(channels)
-        projections = attribute_unit(method, model, layer, inputs[chosen], selector).numpy()
+    for top, size in zip(tops, sizes, strict=True):
+        channels = top.channels[top.values[:, 0].topk(min(UNITS, len(top.channels))).indices].tolist()
         panels = []
-        for scene, projection, unit in zip(chosen, projections, selector.found, strict=True):
-            channel, position, value = unit
+        for channel in channels:
+            projection = top.projection(channel, frame=True).numpy()
             limit = colour_limit(projection)
-            box = _support(projection)
+            patch = denormalised(
+                top.patch(channel, frame=True).numpy(), models.ZFNET_MINI_MEAN, models.ZFNET_MINI_STD
+            )
+            value, box = float(top.values[channel, 0]), top.frames[channel, 0].tolist()
             panels.append(
                 Panel(
                     beside(
-                        _cut(signed_rgb(projection, limit), box, smooth=False),
-                        _cut(shown[scene].image, box, smooth=True),
+                        resized(signed_rgb(projection, limit), SIDE, smooth=False),
+                        resized(patch, SIDE, smooth=True),
                     ),
                     f"channel {channel}: {number(value)}\n{PLUS_MINUS}{number(limit)}, {box[2] - box[0]} px",
                 )
             )
-            found = {"layer": name, "channel": channel, "position": list(position), "activation": value}
-            record.append({**found, "scene": scene, "box": list(box)})
-        size = "x".join(map(str, signal.shape[2:]))
-        rows.append(Row(panels, f"{name}\n{signal.shape[1]} channels\nof {size}"))
+            record.append(
+                {
+                    "layer": top.layer,
+                    "channel": channel,
+                    "position": top.positions[channel, 0].tolist(),
+                    "activation": value,
+                    "scene": int(top.indices[channel, 0]),
+                    "box": box,
+                }
+            )
+        rows.append(Row(panels, f"{top.layer}\n{len(top.channels)} channels\nof {size}"))
     picture = sheet(
         rows,
         title="What drives the strongest units of each layer",
         note="DeconvNet projections of single activations beside the patch of the scene that they depend on: "
-        f"the strongest activation of each of the {UNITS} strongest channels over {len(shown)} scenes. Grey "
+        f"the strongest activation of each of the {UNITS} strongest channels over {tops[0].count} scenes. Grey "
         "is 0. Below: the channel and its activation; the value at which the colours end, the patch's side.",
         width=2 * SIDE + 4,
     )
     return picture, record
-
-
-def _support(projection: np.ndarray, least: int = 12) -> tuple[int, int, int, int]:
-    """The smallest square (x0, y0, x1, y1) around everything that is not 0, inside the picture."""
-    height, width = projection.shape[1:]
-    rows = np.flatnonzero((projection != 0.0).any((0, 2)))
-    columns = np.flatnonzero((projection != 0.0).any((0, 1)))
-    if len(rows) == 0:
-        return 0, 0, width, height
-    side = min(max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1, least), height, width)
-    y = int(np.clip((rows[0] + rows[-1] + 1 - side) // 2, 0, height - side))
-    x = int(np.clip((columns[0] + columns[-1] + 1 - side) // 2, 0, width - side))
-    return x, y, x + int(side), y + int(side)
-
-
-def _cut(pixels: np.ndarray, box: tuple[int, int, int, int], smooth: bool) -> np.ndarray:
-    from PIL import Image as images
-
-    kind = images.Resampling.BICUBIC if smooth else images.Resampling.NEAREST
-    return np.asarray(images.fromarray(pixels).crop(box).resize((SIDE, SIDE), kind))
 
 
 def _print(predictions: Sequence[dict[str, Any]], detail: Sequence[int], right: int) -> None:

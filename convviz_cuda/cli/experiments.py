@@ -297,8 +297,6 @@ def correspond(
     first = (FIRST_SET + seed) * scenes.MAX_SEED
     shown = [scenes.make_scene(first + i, SIDE, label) for i in range(count)]
     with arguments():
-        if not shown[0].parts:
-            raise ValueError(f"A {of} has no named parts.")
         model = models.zfnet_mini(pretrained=weights is None)
         if weights is not None:
             load_weights(model, weights)
