@@ -195,7 +195,9 @@ class DeconvNet:
 
         images: one (1, C, H, W); output: the layer's (1, C, h, w) of it.
         """
-        self._backward._count_runs((images,), None)  # of whole images: the layers above may fail on their parts
+        self._backward._count_runs(
+            (images,), None
+        )  # of whole images: the layers above may fail on their parts
         last = torch.tensor([output.shape[2] - 1, output.shape[3] - 1], device=images.device)
         positions = torch.stack([last * 0, torch.div(last, 2, rounding_mode="floor"), last])
         steps = tiling.steps(positions)

@@ -6,7 +6,9 @@ Both are plain ``nn.Sequential`` models whose layers carry the paper's names (``
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,48 @@ def zfnet(num_classes: int = 1000) -> nn.Sequential:
     return _initialise(nn.Sequential(OrderedDict(layers))).eval()
 
 
+def _zfnet_mini(
+    maps: Sequence[int | None] = (24, 48, 80, 80, 64),
+    units: Sequence[int | None] = (128, 128),
+    num_classes: int = len(CLASSES),
+) -> nn.Sequential:
+    """``zfnet_mini`` with random weights, or with layers left out or of another width; in train mode.
+
+    maps: feature maps of layers 1 to 5.  units: of layers 6 and 7.  0 or None leaves a layer out, with the ReLU,
+    pooling and normalisation that belong to it. The layers that stay keep their names.
+    """
+
+    def norm() -> nn.LocalResponseNorm:
+        # Krizhevsky's constants are for pixels of 0..255. Ours have deviation 1, about 60 times less, and alpha
+        # multiplies squares: k = 2, alpha = 5e-4 * 60**2. Up to a constant factor that is k = 1, alpha = 1.
+        return nn.LocalResponseNorm(5, alpha=1.0, beta=0.75, k=1.0)
+
+    # Filter size, stride and padding. At 96 px the maps are 46, 23 and three times 11 a side, 23, 11 and 5 after
+    # pooling. Layer 2 has stride 1, where the paper has 2, or layers 3 to 5 would be left with 5x5 positions.
+    geometry = ((7, 2, 1), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
+    layers: list[tuple[str, nn.Module]] = []
+    width = 3
+    for number, (count, (size, stride, padding)) in enumerate(zip(maps, geometry, strict=True), 1):
+        if not count:
+            continue
+        layers.append((f"conv{number}", nn.Conv2d(width, count, size, stride=stride, padding=padding)))
+        layers.append((f"relu{number}", nn.ReLU()))
+        if number in (1, 2, 5):
+            layers.append((f"pool{number}", _pool()))
+        if number in (1, 2):
+            layers.append((f"norm{number}", norm()))
+        width = count
+    layers.append(("fit", nn.AdaptiveAvgPool2d(5)))  # the identity at 96 px; what lets larger scenes into fc6
+    layers.append(("flatten", nn.Flatten()))
+    width *= 5 * 5
+    for number, count in zip((6, 7), units, strict=True):
+        if count:  # no dropout: endless scenes do not overfit so small a network
+            layers += [(f"fc{number}", nn.Linear(width, count)), (f"relu{number}", nn.ReLU())]
+            width = count
+    layers.append(("fc8", nn.Linear(width, num_classes)))
+    return _initialise(nn.Sequential(OrderedDict(layers)))
+
+
 def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
     """ZFNet's shape at a hundred-and-fiftieth of its size, for the 12 classes of ``convviz_cuda.scenes``; in
     eval mode.
@@ -96,41 +140,23 @@ def zfnet_mini(pretrained: bool = True) -> nn.Sequential:
     ``pretrained=False`` gives random weights. Raises FileNotFoundError if the weights are not installed.
     """
 
-    def norm() -> nn.LocalResponseNorm:
-        # Krizhevsky's constants are for pixels of 0..255. Ours have deviation 1, about 60 times less, and
-        # alpha
-        # multiplies squares: k = 2, alpha = 5e-4 * 60**2. Up to a constant factor that is k = 1, alpha = 1.
-        return nn.LocalResponseNorm(5, alpha=1.0, beta=0.75, k=1.0)
-
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(3, 24, 7, stride=2, padding=1)),  # 46
-        ("relu1", nn.ReLU()),
-        ("pool1", _pool()),  # 23
-        ("norm1", norm()),
-        # Stride 1 here, where the paper has 2, or layers 3 to 5 would be left with 5x5 positions.
-        ("conv2", nn.Conv2d(24, 48, 5, padding=2)),  # 23
-        ("relu2", nn.ReLU()),
-        ("pool2", _pool()),  # 11
-        ("norm2", norm()),
-        ("conv3", nn.Conv2d(48, 80, 3, padding=1)),
-        ("relu3", nn.ReLU()),
-        ("conv4", nn.Conv2d(80, 80, 3, padding=1)),
-        ("relu4", nn.ReLU()),
-        ("conv5", nn.Conv2d(80, 64, 3, padding=1)),
-        ("relu5", nn.ReLU()),
-        ("pool5", _pool()),  # 5
-        ("fit", nn.AdaptiveAvgPool2d(5)),  # the identity at 96 px; what lets larger scenes into fc6
-        ("flatten", nn.Flatten()),
-        ("fc6", nn.Linear(64 * 5 * 5, 128)),  # no dropout: endless scenes do not overfit so small a network
-        ("relu6", nn.ReLU()),
-        ("fc7", nn.Linear(128, 128)),
-        ("relu7", nn.ReLU()),
-        ("fc8", nn.Linear(128, len(CLASSES))),
-    ]
-    model = _initialise(nn.Sequential(OrderedDict(layers)))
+    model = _zfnet_mini()
     if pretrained:
         load_weights(model, WEIGHTS)
     return model.eval()
+
+
+def zfnet_mini_checkpoints() -> dict[str, Path]:
+    """Weights of ``zfnet_mini`` along its training, "epoch 0" (untrained) to the last, in order: name -> file.
+
+    Raises FileNotFoundError if they are not installed.
+    """
+    files = sorted((WEIGHTS.parent / "zfnet_mini_epochs").glob("epoch_*.safetensors"))
+    if not files or not WEIGHTS.is_file():
+        raise FileNotFoundError(f"There are no checkpoints in {WEIGHTS.parent}.")
+    last = json.loads(WEIGHTS.with_suffix(".json").read_text())["epochs_done"]
+    names = {f"epoch {int(file.stem.partition('_')[2])}": file for file in files}
+    return {**names, f"epoch {last}": WEIGHTS}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -179,7 +179,11 @@ def batches(
         return _images(dataset, skip, preprocess), total
     if isinstance(dataset, Dataset) and not isinstance(dataset, IterableDataset):
         total = len(dataset)
-        loader = DataLoader(Subset(dataset, range(min(skip, total), total)), batch_size=batch_size)
+        loader = DataLoader(
+            Subset(dataset, range(min(skip, total), total)),
+            batch_size=batch_size,
+            generator=torch.Generator(),  # not the caller's random numbers
+        )
         return _images(loader, 0, preprocess), total
     if isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes | dict):
         return _images(dataset, skip, preprocess), None

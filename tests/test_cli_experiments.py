@@ -161,9 +161,72 @@ def test_correspond(tmp_path):
     assert "| left_eyespot |" in result.output
 
 
+def test_probes(tmp_path):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "out"
+    result = invoke(
+        "probes",
+        "--train",
+        6,
+        "--test",
+        2,
+        "--folds",
+        2,
+        "--layers",
+        "pool2,relu7",
+        "--shots",
+        "1",
+        "--out",
+        out,
+    )
+    assert result.exit_code == 0, result.output
+    assert written(out) == ["probes.json", "probes.png", "transfer.json", "transfer.png"]
+    record = json.loads((out / "probes.json").read_text())
+    assert (
+        record["layers"] == ["pool2", "relu7"] and record["train_count"] == 72 and record["test_count"] == 24
+    )
+    mean = record["mean"][0]
+    assert mean[1][0] > mean[0][0] > record["chance"]  # the higher layer tells the classes apart
+    moved = json.loads((out / "transfer.json").read_text())
+    assert moved["models"] == ["model", "baseline"] and moved["class_count"] == 10
+    assert min(moved["mean"][0][0]) > 0.15
+    assert "| linear SVM," in result.output and "| baseline, 1 a class |" in result.output
+
+
+def test_ablate_goes_on(tmp_path):
+    out = tmp_path / "out"
+    arguments = (
+        "ablate",
+        "--variants",
+        "full,without_6_7",
+        "--epochs",
+        1,
+        "--scenes",
+        24,
+        "--out",
+        out,
+        "--workers",
+        0,
+    )
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert {"ablation.json", "ablation.png", "full", "without_6_7"} <= set(written(out))
+    assert "| without layers 6, 7 |" in result.output
+    first = json.loads((out / "ablation.json").read_text())
+    again = invoke(*arguments)
+    assert again.exit_code == 0 and "epoch 1/1" not in again.output  # nothing is trained twice
+    assert json.loads((out / "ablation.json").read_text()) == first
+
+
 @pytest.mark.parametrize(
     "arguments, what",
     (
+        (("probes", "--train", 0), "--train must be at least 1"),
+        (("probes", "--pool", -1), "--pool counts from 0"),
+        (("probes", "--shots", "a"), "--shots is 'all' or numbers"),
+        (("ablate", "--variants", "without_9"), "without_9"),
+        (("ablate", "--epochs", 0), "epochs must be at least 1"),
+        (("ablate", "--workers", -1), "--workers must be at least 0"),
         (("features", "--layers", ","), "names no layer"),
         (("features", "--layers", "conv9"), "layer must be"),
         (("features", "--channels", "a-b"), "--channels is 'all' or numbers"),

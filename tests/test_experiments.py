@@ -183,9 +183,7 @@ def test_transforms_by_hand():
     )
     torch.testing.assert_close(transform_images(x, "rotate", 180), x.flip(2, 3), rtol=0, atol=1e-4)
     twice = transform_images(square, "scale", 2)
-    torch.testing.assert_close(
-        twice[0, 0, 1, 1:3], torch.tensor([6.25, 6.75]), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(twice[0, 0, 1, 1:3], torch.tensor([6.25, 6.75]), rtol=0, atol=1e-4)
     for transform, value in (("translate", 0), ("scale", 1), ("rotate", 360), ("rotate", 0.0)):
         assert transform_images(x, transform, value) is x
 

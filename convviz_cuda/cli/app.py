@@ -321,3 +321,52 @@ def correspond(
 
     with refusing():
         run(of, scenes, seed, layers, draws, weights, out)
+
+
+@app.command()
+def probes(
+    out: OutFolder,
+    layers: Annotated[
+        str, typer.Option(help="Names, with commas between them.")
+    ] = "pool1,pool2,relu3,relu4,pool5,relu6,relu7",
+    train: Annotated[int, typer.Option(help="Scenes of each class to train on.")] = 60,
+    test: Annotated[int, typer.Option(help="Scenes of each class to test on.")] = 20,
+    pool: Annotated[
+        int, typer.Option(help="Average maps down to so many positions a side; 0: all of them.")
+    ] = 5,
+    folds: Annotated[int, typer.Option(help="Draws of training images.")] = 3,
+    shots: Annotated[
+        str, typer.Option(help="Digits of each class that the features are moved to.")
+    ] = "1,5,20",
+    weights: Weights = None,
+    seed: Seed = 0,
+) -> None:
+    """Linear classifiers on the features of each layer of zfnet_mini, and what the features are worth for digits.
+
+    Zeiler & Fergus 2013, table 7 and figure 9. An untrained network is the baseline for the digits.
+    """
+    from .experiments import probes as run
+
+    with refusing():
+        run(layers, train, test, pool, folds, shots, seed, weights, out)
+
+
+@app.command()
+def ablate(
+    out: OutFolder,
+    variants: Annotated[
+        str, typer.Option(help="Names with commas between them (see the error of a wrong one).")
+    ] = "all",
+    epochs: Annotated[int | None, typer.Option(help="Of each training. [default: 8]")] = None,
+    scenes: Annotated[int | None, typer.Option(help="To train on. [default: 6000]")] = None,
+    seed: Seed = 0,
+    workers: Annotated[int, typer.Option(help="Processes that generate scenes.")] = 2,
+) -> None:
+    """Train zfnet_mini with layers left out or resized, and compare the errors; about 20 minutes on two cores.
+
+    Zeiler & Fergus 2013, table 3. Broken off, the same command goes on after the last finished epoch.
+    """
+    from .experiments import ablate as run
+
+    with refusing():
+        run(variants, epochs, scenes, seed, workers, out)

@@ -59,9 +59,7 @@ def subject(
     _check_out(out)
     with arguments():
         if model == MINI:
-            net = models.zfnet_mini(pretrained=weights is None)
-            if weights is not None:
-                load_weights(net, weights)
+            net = _mini(weights)
             preprocess = Preprocess(SIDE, SIDE, models.ZFNET_MINI_MEAN, models.ZFNET_MINI_STD)
         else:
             net = load_model(model, weights)
@@ -297,13 +295,114 @@ def correspond(
     first = (FIRST_SET + seed) * scenes.MAX_SEED
     shown = [scenes.make_scene(first + i, SIDE, label) for i in range(count)]
     with arguments():
-        model = models.zfnet_mini(pretrained=weights is None)
-        if weights is not None:
-            load_weights(model, weights)
+        model = _mini(weights)
         parts = {name: [scene.parts[name] for scene in shown] for name in shown[0].parts}
         images = models.preprocess(np.stack([scene.image for scene in shown]))
         found = correspondence(model, images, parts, _layers(layers), draws=draws, seed=seed, progress=True)
     report.json("correspondence.json", found)
     report.picture("correspondence.png", found.plot)
+    print(found.table())
+    report.end()
+
+
+def probes(
+    layers: str,
+    train: int,
+    test: int,
+    pool: int,
+    folds: int,
+    shots: str,
+    seed: int,
+    weights: Path | None,
+    out: Path,
+) -> None:
+    """Linear classifiers on the features of each layer, and the features' transfer to handwritten digits."""
+    from ..experiments import linear_probes, transfer
+
+    _check_out(out)
+    report, classes = _Report(out), len(scenes.CLASSES)
+    with arguments():
+        for option, value in (("--train", train), ("--test", test), ("--folds", folds)):
+            if value < 1:
+                raise ValueError(f"{option} must be at least 1, but it is {value}.")
+        for option, value in (("--pool", pool), ("--seed", seed)):
+            if value < 0:
+                raise ValueError(f"{option} counts from 0, but it is {value}.")
+        counts = _numbers("--shots", shots)
+        if not counts:
+            raise ValueError("--shots names no number of images.")
+        model = _mini(weights)
+        first = (FIRST_SET + seed) * scenes.MAX_SEED
+        made = [scenes.make_scene(first + i, SIDE, i % classes) for i in range((train + test) * classes)]
+        images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in made])
+        labels = torch.tensor([s.label for s in made])
+        border = train * classes
+        options: dict[str, Any] = {
+            "folds": folds, "pool": pool or None, "seed": seed, "preprocess": models.preprocess, "progress": True,
+        }  # fmt: skip
+        found = linear_probes(
+            model,
+            _layers(layers),
+            (images[:border], labels[:border]),
+            (images[border:], labels[border:]),
+            **options,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            untrained = models.zfnet_mini(pretrained=False)
+        moved = transfer(model, _digits(), counts, layers=["pool5", "relu7"], baseline=untrained, **options)
+    report.json("probes.json", found)
+    report.picture("probes.png", found.plot)
+    report.json("transfer.json", moved)
+    report.picture("transfer.png", moved.plot)
+    print(found.table())
+    print(moved.table())
+    report.end()
+
+
+def _mini(weights: Path | None) -> nn.Module:
+    model = models.zfnet_mini(pretrained=weights is None)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 digits of 8x8 pixels as uint8 images (N, 3, 96, 96), each pixel 12 x 12."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(f"The probes need scikit-learn (pip install scikit-learn): {error}") from error
+    data = load_digits()
+    pixels = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))
+    pixels = pixels.repeat_interleave(SIDE // 8, 1).repeat_interleave(SIDE // 8, 2)
+    return pixels[:, None].repeat(1, 3, 1, 1), torch.from_numpy(data.target)
+
+
+def ablate(variants: str, epochs: int | None, count: int | None, seed: int, workers: int, out: Path) -> None:
+    """ZFNet's shape with layers left out or resized, each trained alike."""
+    import dataclasses
+
+    from ..experiments.ablation import SETTINGS, VARIANTS, ablate_layers
+
+    _check_out(out)
+    report = _Report(out)
+    with arguments():
+        changed = {"epochs": epochs, "scenes": count}
+        settings = dataclasses.replace(
+            SETTINGS, seed=seed, **{k: v for k, v in changed.items() if v is not None}
+        )
+        names = list(VARIANTS) if variants == "all" else _layers(variants)
+        if workers < 0:
+            raise ValueError(f"--workers must be at least 0, but it is {workers}.")
+        try:
+            found = ablate_layers(
+                out, names, settings=settings, workers=workers, say=lambda line: print(line, flush=True)
+            )
+        except KeyboardInterrupt:
+            say("Interrupted; the finished epochs are kept, and the same command goes on after them.")
+            raise
+    report.json("ablation.json", found)
+    report.picture("ablation.png", found.plot)
     print(found.table())
     report.end()
