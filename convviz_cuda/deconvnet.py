@@ -7,7 +7,6 @@ transposed filters}, without biases.
 
 from __future__ import annotations
 
-import contextlib
 import numbers
 import threading
 from collections.abc import Callable, Sequence
@@ -195,9 +194,8 @@ class DeconvNet:
 
         images: one (1, C, H, W); output: the layer's (1, C, h, w) of it.
         """
-        self._backward._count_runs(
-            (images,), None
-        )  # of whole images: the layers above may fail on their parts
+        # Of whole images: the layers above may fail on their parts.
+        self._backward._count_runs((images,), None)
         last = torch.tensor([output.shape[2] - 1, output.shape[3] - 1], device=images.device)
         positions = torch.stack([last * 0, torch.div(last, 2, rounding_mode="floor"), last])
         steps = tiling.steps(positions)
@@ -206,6 +204,8 @@ class DeconvNet:
             found = maps_of(self._backward.activations(tiles))
             rows, columns = (positions - steps).unbind(1)
             found = found[torch.arange(len(positions), device=images.device), :, rows, columns]
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, IndexError):  # made for one size of image
             return False
         rows, columns = positions.unbind(1)
@@ -243,8 +243,9 @@ class DeconvNet:
             raise ValueError(f"inputs must hold images, but their shape is {tuple(inputs.shape)}.")
         if isinstance(position, str) and position != "map":
             raise ValueError(f"position must be None, 'map' or rows and columns, but it is {position!r}.")
-        single = channel is None or (isinstance(channel, numbers.Integral) and not isinstance(channel, bool))
-        wanted = 1 if single else len(channel) if hasattr(channel, "__len__") else 1
+        integer = isinstance(channel, numbers.Integral) and not isinstance(channel, bool)
+        single = channel is None or integer or (isinstance(channel, Tensor) and channel.dim() == 0)
+        wanted = 1 if single or not hasattr(channel, "__len__") else len(channel)
         tiling = None
         if not isinstance(position, str):
             self._asked += wanted * len(inputs)
@@ -308,10 +309,13 @@ class DeconvNet:
             chosen = _Chosen.of(output, channels[None], places[None])
             return lambda start, stop: chosen.seeds(output, self.seed, start, stop), 1, chosen.values
 
-        with contextlib.suppress(RuntimeError, ValueError, IndexError):  # made for one size of image
+        try:
             pixels, (values,) = self._backward.project(tiles, choose, 1)
-            return pixels[0], values[0]
-        return None
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError):  # made for one size of image
+            return None
+        return pixels[0], values[0]
 
     # -- over a data set
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,6 +207,9 @@ def test_many_projections_in_one_call():
         torch.testing.assert_close(
             net.project(x[n : n + 1], channels).pixels[:, 0], together.pixels[:, n], rtol=1e-12, atol=1e-14
         )
+    for scalar in (torch.tensor(3), np.int64(3)):
+        assert torch.equal(net.project(x, scalar).pixels, net.project(x, 3).pixels)
+    assert torch.equal(net.project(x, np.array([0, 3])).pixels, net.project(x, [0, 3]).pixels)
     each = torch.tensor([[0, 1, 2], [3, 2, 1]])
     own = net.project(x, each)
     for k, n in itertools.product(range(2), range(3)):
