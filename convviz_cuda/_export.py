@@ -155,7 +155,6 @@ class _Parser:
             if node.op == "call_function":
                 self._check_aliases(node)
                 self._read(node)
-                self._name(node)
             elif node.op == "get_attr":
                 raise Unsupported(f"The model calls a higher-order function ({node.target}).")
             elif node.op == "output":
@@ -166,6 +165,7 @@ class _Parser:
             or self._node(output[0]) not in self.place
         ):
             raise Unsupported("The model does not return one tensor that depends on the images.")
+        self._name_modules()
         return self.layers, self.place[self._node(output[0])], self.names
 
     # -- where values come from
@@ -230,14 +230,31 @@ class _Parser:
     def _is_read_after(self, node: Any, moment: Any) -> bool:
         return any(self.order[user] > self.order[moment] for user in node.users)
 
-    def _name(self, node: Any) -> None:
-        stack = node.meta.get("nn_module_stack") or {}
-        index = self.place.get(node)
-        if index is None:
-            return
-        for path, _ in stack.values():
+    def _name_modules(self) -> None:
+        """The values that modules give: what is computed inside of a call and read outside. The last call counts.
+
+        A call of which several values are read outside, a tuple say, has no name.
+        """
+        canonical: dict[int, str] = {}
+        names = {}  # of a module that is registered several times its first
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names[name] = canonical.setdefault(id(module), name)
+        calls: dict[tuple[str, str], set[Any]] = {}  # in the order in which they begin
+        for node in self.program.graph.nodes:
+            for call, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+                calls.setdefault((call, path), set()).add(node)
+        for (_, path), inside in calls.items():
+            given = {
+                self.place[node]
+                for node in inside
+                if node in self.place and any(user not in inside for user in node.users)
+            }
+            given = {index for index in given if self.layers[index].kind != "size"}
             name = path.split("@")[0]
-            self.names[name] = index
+            name = names.get(name, name)
+            self.names.pop(name, None)
+            if len(given) == 1:
+                self.names[name] = given.pop()
 
     # -- one node
 

@@ -26,7 +26,15 @@ from .attr._gradient import (
     seeded_gradients,
 )
 from .checks import check_images
-from .network import CannotCapture, ReceptiveField, receptive_field, rows_agree
+from .network import (
+    CannotCapture,
+    Network,
+    ReceptiveField,
+    capture,
+    geometry_key,
+    receptive_field,
+    rows_agree,
+)
 from .rules import NORMS, OVERLAPS, backward_rule
 from .tiles import Tiling
 
@@ -54,6 +62,19 @@ class Projection(NamedTuple):
     positions: Tensor
 
 
+class _Known(NamedTuple):
+    """What is known of a layer for images of one size: under which state of the model, its field or why there is none,
+    the tiles, and why they are whole images if they are."""
+
+    key: Any
+    field: ReceptiveField | str
+    tiling: Tiling
+    reason: str | None
+
+
+_lock = threading.Lock()  # one finds out at a time
+
+
 class _Backward(NeuronAttribution):
     """The engine under the deconvnet rule with its options."""
 
@@ -62,6 +83,7 @@ class _Backward(NeuronAttribution):
     def __init__(self, model: nn.Module, layer: nn.Module, overlap: str, norm: str) -> None:
         super().__init__(model, layer)
         self.options = {"overlap": overlap, "norm": norm}
+        self._known_runs: dict[Any, int | None] = {}
 
     def _context(self) -> backward_rule:
         return backward_rule(self.rule, **self.options)
@@ -81,9 +103,18 @@ class _Backward(NeuronAttribution):
         return self._attribute(images, None, differentiate, self._to_layer(False)), said
 
     def _count_runs(self, xs: tuple[Tensor, ...], args: Any) -> int | None:
-        # A part of an image may be too small for the layers above: what whole images showed holds for parts.
-        known = next(iter(self._runs.values()), None)
-        return super()._count_runs(xs, args) if known is None else known
+        key = self._size(xs[0])
+        if key not in self._known_runs:
+            self._known_runs[key] = super()._count_runs(xs, args)
+        return self._known_runs[key]
+
+    def same_runs(self, tiles: Tensor, images: Tensor) -> None:
+        """Parts of images run the layer as often as whole ones; the layers above may fail on them."""
+        self._known_runs[self._size(tiles)] = self._count_runs((images,), None)
+
+    @staticmethod
+    def _size(x: Tensor) -> Any:
+        return x.shape[1:], x.dtype
 
     def activations(self, images: Tensor) -> Tensor:
         """The layer's output."""
@@ -132,74 +163,98 @@ class DeconvNet:
         if not any(each is module for each in model.modules()):
             raise ValueError(f"The layer {module} is no module of the model.")
         self._backward = _Backward(model, module, overlap, norm)
-        self._lock = threading.Lock()
         self._asked = 0  # projections so far
-        self._fields: dict[tuple[int, ...], ReceptiveField | str] = {}
+        self._fields: dict[Any, _Known] = {}
 
     # -- receptive fields
 
     def receptive_field(self, images: Tensor) -> ReceptiveField:
         """What the layer's positions see of images like these (N, C, H, W).
 
-        The model is captured for it (``torch.export``: a second or a few), once a size of image. Raises
-        :class:`convviz_cuda.network.CannotCapture` where that is impossible.
+        The model is captured for it (``torch.export``: a second or a few), once a size of image and state of the model.
+        Raises :class:`convviz_cuda.network.CannotCapture` where that is impossible.
         """
         check_images("images", images)
-        found = self._field(images, capture=True)
-        if isinstance(found, str):
-            raise CannotCapture(found)
+        found = self._known(images, capture=True)
         assert found is not None
-        return found
-
-    def _field(self, images: Tensor, capture: bool) -> ReceptiveField | str | None:
-        """The field, or why there is none; None where it is not known yet and not to be found out."""
-        key = tuple(images.shape[1:])
-        with self._lock:
-            if key not in self._fields and capture:
-                try:
-                    self._fields[key] = receptive_field(self.model, self.layer, images.detach())
-                except (CannotCapture, ValueError) as error:
-                    self._fields[key] = str(error)
-            return self._fields.get(key)
+        if isinstance(found.field, str):
+            raise CannotCapture(found.field)
+        return found.field
 
     def tiling(self, images: Tensor, capture: bool = True) -> tuple[Tiling, str | None]:
-        """The parts of images like these that projections are computed on, and why they are whole images if so."""
-        height, width = images.shape[2:]
-        found = self._field(images, capture)
-        if found is None or isinstance(found, str):
-            return Tiling.whole(height, width), found or "The receptive field is not known."
-        if found.vertical is None:
-            return Tiling.whole(height, width), f"The layer {self.layer!r} sees the whole image."
-        if self.overlap == "overwrite":
-            # The zero of a window that lies outside of the field wins against a negative signal, too.
-            found = receptive_field(self.model, self.layer, images.detach(), rivals=True)
-        return Tiling.of(found), None
+        """The parts of images like these that projections are computed on, and why they are whole images if so.
+
+        capture: False does not find out what is not known yet.
+        """
+        found = self._known(images, capture)
+        if found is None:
+            return Tiling.whole(*images.shape[2:]), "The receptive field is not known."
+        return found.tiling, found.reason
 
     def forget(self, images: Tensor, why: str | None = None) -> tuple[Tiling, str]:
         """Take whole images from now on; by default because the model does not treat all positions alike."""
         why = why or f"The layer {self.layer!r} does not see parts of an image as it sees the whole."
-        with self._lock:
-            self._fields[tuple(images.shape[1:])] = why
-        return Tiling.whole(*images.shape[2:]), why
-
-    def field_or_whole(self, shape: Sequence[int]) -> ReceptiveField:
-        """The known receptive field of images (C, H, W), or the whole image."""
-        found = self._fields.get(tuple(shape))
-        return (
-            found if isinstance(found, ReceptiveField) else ReceptiveField(None, None, (shape[1], shape[2]))
+        whole = Tiling.whole(*images.shape[2:])
+        known = self._fields.get(self._backward._size(images))
+        field = why if known is None else known.field
+        self._fields[self._backward._size(images)] = _Known(
+            geometry_key(self.model, images), field, whole, why
         )
+        return whole, why
 
-    def holds(self, tiling: Tiling, images: Tensor, output: Tensor) -> bool:
-        """Whether the layer gives on an image's first, middle and last tile what it gives on the whole image.
+    def field_or_whole(self, images: Tensor) -> ReceptiveField:
+        """The receptive field if it is known, or the whole image."""
+        found = self._known(images, capture=False)
+        known = found is not None and not isinstance(found.field, str)
+        return found.field if known else ReceptiveField(None, None, tuple(images.shape[2:]))
+
+    def _known(self, images: Tensor, capture: bool) -> _Known | None:
+        """What is known of images of this size; None where nothing is, and it is not to be found out."""
+        whole = Tiling.whole(*images.shape[2:])
+        try:
+            key = geometry_key(self.model, images)
+        except CannotCapture as error:  # hooks, training mode: seen at once, and may be over at the next call
+            return _Known(None, str(error), whole, str(error))
+        place = self._backward._size(images)
+        known = self._fields.get(place)
+        if known is not None and known.key == key:
+            return known
+        if not capture:
+            return None
+        with _lock:
+            found = self._find_out(key, images, whole)
+            self._fields[place] = found
+        return found
+
+    def _find_out(self, key: Any, images: Tensor, whole: Tiling) -> _Known:
+        example = images[:1].detach()
+        try:
+            noise = noise_like(example)
+            output = self._backward.activations(noise)
+            current_network(self.model, [self.layer], noise, [output])
+            field, output = receptive_field(self.model, self.layer, example), maps_of(output)
+            if field.vertical is None:
+                return _Known(key, field, whole, f"The layer {self.layer!r} sees the whole image.")
+            # Where the largest signal wins, the zero of a window outside of the field wins against a negative one, too.
+            rivals = self.overlap == "overwrite"
+            tiling = Tiling.of(receptive_field(self.model, self.layer, example, True) if rivals else field)
+        except (CannotCapture, ValueError) as error:
+            return _Known(key, str(error), whole, str(error))
+        if not self._holds(tiling, noise, output):
+            why = f"The layer {self.layer!r} does not see parts of an image as it sees the whole."
+            return _Known(key, field, whole, why)
+        return _Known(key, field, tiling, None)
+
+    def _holds(self, tiling: Tiling, images: Tensor, output: Tensor) -> bool:
+        """Whether the layer gives on an image's tiles what it gives on the whole image, in nine places.
 
         images: one (1, C, H, W); output: the layer's (1, C, h, w) of it.
         """
-        # Of whole images: the layers above may fail on their parts.
-        self._backward._count_runs((images,), None)
-        last = torch.tensor([output.shape[2] - 1, output.shape[3] - 1], device=images.device)
-        positions = torch.stack([last * 0, torch.div(last, 2, rounding_mode="floor"), last])
+        rows, columns = (torch.tensor([0, n // 2, n - 1], device=images.device) for n in output.shape[2:])
+        positions = torch.cartesian_prod(rows, columns)
         steps = tiling.steps(positions)
-        tiles = tiling.cut(images.detach(), torch.zeros_like(positions[:, 0]), steps)
+        tiles = tiling.cut(images, torch.zeros_like(positions[:, 0]), steps)
+        self._backward.same_runs(tiles, images)
         try:
             found = maps_of(self._backward.activations(tiles))
             rows, columns = (positions - steps).unbind(1)
@@ -228,7 +283,7 @@ class DeconvNet:
             channel: the feature map; a sequence or tensor of K of them; a tensor (K, N) for another one in each image;
                 None: each image's strongest. Negative ones count from the end.
             position: None: where the feature map is strongest, the first of equals; (row, column), a sequence of K
-                of them, or a tensor that broadcasts to (K, N, 2); "map": the whole feature map at once.
+                of them, or a tensor (K, 1, 2), (1, N, 2) or (K, N, 2); "map": the whole feature map at once.
             projections_per_pass: signals in one backward pass; None chooses.
 
         Returns:
@@ -275,6 +330,7 @@ class DeconvNet:
         """As :meth:`_project_whole`; None if the tiles do not give the same activations."""
         output = self._backward.activations(images)
         chosen = _Chosen.of(output, channel, position)
+        self._backward.same_runs(images[..., : tiling.size[0], : tiling.size[1]], images)
         count, size = chosen.channels.shape
         steps = tiling.steps(chosen.positions).flatten(0, 1)
         items = torch.arange(size, device=images.device).repeat(count)
@@ -403,8 +459,42 @@ class _Chosen(NamedTuple):
         return signals.reshape(stop - start, *output.shape)
 
 
+def noise_like(images: Tensor) -> Tensor:
+    """Seeded noise in the images' place: what differs on a photograph's flat parts is seen on it."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(images.shape, generator=generator).to(images)
+
+
+def current_network(
+    model: nn.Module, layers: Sequence[str], noise: Tensor, outputs: Sequence[Tensor]
+) -> tuple[Network, list[int]]:
+    """The captured model, optimised, and its layers' indexes, seen to give what the layers gave for noise.
+
+    Weights that were changed unseen (``.data``, a fused optimiser) are noticed so, and the model is captured again.
+    Raises CannotCapture where the captured layers are not the model's own.
+    """
+    for again in (False, True):
+        network = capture(model, noise, again=again)
+        try:
+            places = [network.layer_index(layer) for layer in layers]
+        except ValueError as error:
+            raise CannotCapture(str(error)) from None
+        ordered = sorted(set(places))
+        fast = network.remember(("layers", *ordered), lambda n=network, o=ordered: n.optimised(o))
+        new = dict(zip(ordered, sorted(fast.kept), strict=True))
+        places = [new[place] for place in places]
+        with torch.no_grad():
+            values = fast.run(noise, places, end=max(places))[1]
+        pairs = [(values[place], output) for place, output in zip(places, outputs, strict=True)]
+        if all(v.shape == o.shape and agree(v.reshape(-1), o.reshape(-1), o) for v, o in pairs):
+            return fast, places
+    raise CannotCapture(f"What is captured for the layers {', '.join(layers)} is not what they give.")
+
+
 def agree(found: Tensor, expected: Tensor, output: Tensor) -> bool:
     """Whether activations (M,) are the same but for rounding, as measured by the largest of the layer's output."""
+    if found.dtype != expected.dtype:
+        return False
     scale = output.detach().abs().amax().reshape(1)
     return rows_agree(torch.cat([found, scale]), torch.cat([expected, scale]))
 
@@ -436,7 +526,7 @@ def _channels(channel: Any, flat: Tensor) -> Tensor:
 def _positions(position: Any, shape: Sequence[int], size: tuple[int, int], device: torch.device) -> Tensor:
     """(K, N, 2) int64, none of them negative."""
     found = _integers("position", position).to(device)
-    if found.dim() == 2 and not isinstance(position, Tensor):
+    if found.dim() == 2:
         found = found[:, None]  # K positions, the same in each image
     try:
         found = found.expand(*shape, 2)

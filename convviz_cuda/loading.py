@@ -154,15 +154,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises FileNotFoundError, or ValueError with a sentence that lists what does not fit.
     """
     path = Path(path)
-    state = read_state_dict(path)
+    state = fitting_state(model, read_state_dict(path), f"weights in {path.name}")
+    model.load_state_dict(state, strict=state.keys() == model.state_dict().keys())
+
+
+def fitting_state(model: nn.Module, state: Any, called: str) -> dict[str, torch.Tensor]:
+    """A state dict, in its wrappers or with a prefix, as the model's own names and dtypes; batch counters may lack.
+
+    called: what the state is, for the sentence of the ValueError that is raised where it does not fit.
+    """
     own = model.state_dict()
-    state = _without_prefix(state, own)
+    state = _without_prefix(_unwrap(state, called), own)
     missing, unexpected = [n for n in own if n not in state], [n for n in state if n not in own]
     # Checkpoints from before PyTorch 0.4.1 have no batch counters, and inference does not read them.
     counters = [n for n in missing if n.endswith("num_batches_tracked")]
     if len(counters) < len(missing) or unexpected:
         raise ValueError(
-            f"The weights in {path.name} do not fit the model: "
+            f"The {called} do not fit the model: "
             + _and(
                 _list("missing", [n for n in missing if n not in counters]),
                 _list("unexpected", unexpected),
@@ -170,13 +178,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             + "."
         )
     shapes = [
-        f"{n} is {list(state[n].shape)} in the file and {list(own[n].shape)} in the model"
+        f"{n} is {list(state[n].shape)} there and {list(own[n].shape)} in the model"
         for n in own
         if n in state and state[n].shape != own[n].shape
     ]
     if shapes:
-        raise ValueError(f"The weights in {path.name} do not fit the model: {_shorten(shapes, '; ')}.")
-    model.load_state_dict({n: t.to(own[n].dtype) for n, t in state.items()}, strict=not counters)
+        raise ValueError(f"The {called} do not fit the model: {_shorten(shapes, '; ')}.")
+    return {n: t.to(own[n].dtype) for n, t in state.items()}
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ cannot be described so raises :class:`CannotCapture` with the reason, and the ca
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import threading
@@ -108,7 +109,9 @@ def receptive_field(model: nn.Module, layer: str, images: Tensor, rivals: bool =
         ValueError: the model has no such layer, or it does not run.
     """
     network = capture(model, images)
-    fields = network.receptive_fields(rivals)[network.layer_index(layer)]
+    place = network.layer_index(layer)
+    # Of maps that are transposed or have the channels last, rows and columns are not the image's.
+    fields = network.receptive_fields(rivals)[place] if network.layers[place].axes == (2, 3) else None
     return ReceptiveField(*(fields or (None, None)), (images.shape[2], images.shape[3]))
 
 
@@ -200,6 +203,10 @@ class Network:
             if layer.kind == "input":
                 fields.append((Field(0, 1, 1), Field(0, 1, 1)))
             elif layer.axes is None or layer.kind == "general" or not all(before):
+                fields.append(None)
+            elif (
+                len({(v.stride, h.stride) for v, h in before}) > 1
+            ):  # branches whose positions are no one grid
                 fields.append(None)
             else:
                 axes = []
@@ -368,6 +375,15 @@ def is_current(network: Network, model: nn.Module, images: Tensor) -> bool:
         return False
 
 
+def geometry_key(model: nn.Module, images: Tensor) -> Any:
+    """What receptive fields stay right for: the images' size and the modules' settings, whatever the weights are.
+
+    Raises CannotCapture as :func:`capture` does.
+    """
+    state, settings = _key(model, images)
+    return state[:3], settings
+
+
 def _key(model: nn.Module, images: Tensor) -> Any:
     settings: list[Any] = []
     for name, module in model.named_modules():
@@ -394,14 +410,15 @@ def _is_plain(value: Any) -> bool:
 
 def _capture(model: nn.Module, images: Tensor) -> Network:
     example = torch.zeros(2, *images.shape[1:], dtype=images.dtype, device=images.device)
+    twin = _twin(model)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+                twin, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
-            network = Network(*parse(program, model))
+            network = Network(*parse(program, twin))
     except (KeyboardInterrupt, MemoryError, CannotCapture):
         raise
     except Unsupported as error:
@@ -415,6 +432,16 @@ def _capture(model: nn.Module, images: Tensor) -> Network:
         assert modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     _check(network, model, example)
     return network
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """The model's modules again with the same tensors: an export changes modules while it runs, and other threads may
+    be using these."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception:  # whatever a module that cannot be copied raises
+        return model
 
 
 def _check(network: Network, model: nn.Module, example: Tensor) -> None:

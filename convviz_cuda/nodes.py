@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import checks, ops
-from .reference import IDENTITY, channels_last, conv2d_input_grad, memory_format
+from .reference import GRADIENT, IDENTITY, channels_last, conv2d_input_grad, memory_format
 
 # ------------------------------------------------------------------------------- batches of signals (vmap)
 
@@ -221,6 +221,20 @@ class AvgPool2d(Function):
         return _per_signal(spread, signal), None, None, None
 
 
+class _NoGradient(Function):
+    """The identity, of which a second differentiation is refused."""
+
+    @staticmethod
+    def forward(ctx, signal):
+        return signal.view_as(signal)
+
+    @staticmethod
+    def backward(ctx, signal):
+        raise RuntimeError(
+            "Double backward is defined for norm='gradient' only; norm='identity' is no gradient."
+        )
+
+
 class LocalResponseNorm(Function):
     """x / (k + alpha / size * sum over neighbouring channels of x^2) ^ beta; the identity where the session says so."""
 
@@ -233,7 +247,10 @@ class LocalResponseNorm(Function):
     @staticmethod
     def backward(ctx, signal):
         if ctx.session.skips_norm_now():
-            return signal, None, None, None, None, None
+            # Under the other rules the ReLUs refuse to be differentiated again.
+            again = torch.is_grad_enabled() and ctx.session.rule_now() == GRADIENT
+            passed = _NoGradient.apply(signal) if again else signal
+            return passed, None, None, None, None, None
         (x,) = ctx.saved_tensors
         size, alpha, beta, k = ctx.settings
         pixels = x.dim() - 2

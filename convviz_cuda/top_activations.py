@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
-from .deconvnet import MEMORY, DeconvNet, maps_of
+from .activations import evaluating
+from .deconvnet import MEMORY, DeconvNet, current_network, maps_of, noise_like
 from .imaging import colour_limit, denormalised, number, resized, signed_rgb, three_channels
 from .journal import digest, write_atomically
-from .network import CannotCapture, capture
+from .network import CannotCapture
 from .progress import Progress
 from .results import Result, picture, write_picture
 from .sheets import Panel, Row, beside, sheet
-from .tiles import Tiling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -168,10 +168,7 @@ def batches(
         parts: Iterable[Any] = dataset[skip:].split(batch_size) if len(dataset) > skip else ()
         return _images(parts, 0, preprocess), len(dataset)
     if isinstance(dataset, DataLoader):
-        if isinstance(dataset.sampler, RandomSampler):
-            raise ValueError(
-                "The data loader shuffles, so its images have no numbers: make one with shuffle=False."
-            )
+        _check_order(dataset)
         try:
             total = len(dataset.dataset) if not isinstance(dataset.dataset, IterableDataset) else None
         except TypeError:
@@ -211,6 +208,25 @@ def _images(parts: Iterable[Any], skip: int, preprocess: Callable[[Any], Tensor]
                 f"{tuple(images.shape)}: give preprocess=."
             )
         yield images
+
+
+def _check_order(loader: DataLoader) -> None:
+    plain = isinstance(loader.dataset, IterableDataset) or (
+        isinstance(loader.sampler, SequentialSampler)
+        and (
+            loader.batch_sampler is None
+            or (type(loader.batch_sampler) is BatchSampler and loader.batch_sampler.sampler is loader.sampler)
+        )
+    )
+    if not plain:
+        raise ValueError(
+            "The data loader shuffles or has a sampler of its own, so that its images' numbers are not the data set's: "
+            "make one with shuffle=False."
+        )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 # -- the pass over a data set
@@ -262,7 +278,10 @@ class _Run:
         if not nets or any(net.model is not nets[0].model for net in nets):
             raise ValueError("top_activations takes one layer or several layers of one model.")
         if channels is not None:
-            wanted = list(channels.tolist() if isinstance(channels, Tensor | np.ndarray) else channels)
+            wanted = channels.tolist() if isinstance(channels, Tensor | np.ndarray) else channels
+            wanted = (
+                list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
+            )
             for channel in wanted:
                 if isinstance(channel, bool) or not isinstance(channel, numbers.Integral):
                     raise TypeError(f"channels must hold ints, but one is {channel!r}.")
@@ -280,6 +299,14 @@ class _Run:
         self._networks: dict[tuple[int, ...], Any] = {}
 
     def results(self) -> list[TopActivations]:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "Projections need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
+            )
+        with evaluating(self.model):
+            return self._results()
+
+    def _results(self) -> list[TopActivations]:
         self._load()
         parts, total = batches(self.dataset, self.batch_size, self.seen, self.preprocess)
         try:
@@ -308,6 +335,11 @@ class _Run:
     def _step(self, images: Tensor) -> None:
         parameter = next(self.model.parameters(), None)
         images = images.detach() if parameter is None else images.detach().to(parameter.device)
+        if self.layers and images.shape[1:] != self.layers[0].shape:
+            raise ValueError(
+                f"All images must have one size, but after {tuple(self.layers[0].shape)} there is one of "
+                f"{tuple(images.shape[1:])}."
+            )
         outputs = self._outputs(images)
         if not self.layers:
             layers = [
@@ -321,11 +353,6 @@ class _Run:
                     f"memory_limit is {self.memory_limit:,}: name fewer channels at a time, or raise it."
                 )
             self.layers = layers
-        if images.shape[1:] != self.layers[0].shape:
-            raise ValueError(
-                f"All images must have one size, but after {tuple(self.layers[0].shape)} there is one of "
-                f"{tuple(images.shape[1:])}."
-            )
         found = [
             layer.update(maps_of(out), images, self.seen)
             for layer, out in zip(self.layers, outputs, strict=True)
@@ -347,30 +374,30 @@ class _Run:
         return [kept[place] for place in places]
 
     def _network(self, images: Tensor) -> Any:
+        noise = noise_like(images[:1])
+        names = [net.layer for net in self.nets]
         try:
-            network = capture(self.model, images)
-            indices = [network.layer_index(net.layer) for net in self.nets]
-        except (CannotCapture, ValueError):
+            # Before a capture, which runs all layers: what the engine gives is what the layers give.
+            outputs = [net._backward.activations(noise) for net in self.nets]
+            return current_network(self.model, names, noise, outputs)
+        except CannotCapture:
             return None
-        ordered = sorted(set(indices))
-        fast = network.remember(("layers", tuple(ordered)), lambda: network.optimised(ordered))
-        new = dict(zip(ordered, sorted(fast.kept), strict=True))
-        return fast, [new[index] for index in indices]
 
     # -- the state on disk
 
     def _identity(self) -> str:
-        weights = hashlib.sha256()
+        """Of the model, the settings and, as far as that can be seen, the data."""
+        model = hashlib.sha256(repr(self.model).encode())
         for name, tensor in self.model.state_dict().items():
-            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        _, total = (
-            batches(self.dataset, self.batch_size)
-            if isinstance(self.dataset, Tensor | Dataset)
-            else (0, None)
-        )
+            model.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            model.update(_bytes(tensor))
         nets = [(net.layer, net.overlap, net.seed, net.norm) for net in self.nets]
-        return digest(weights.hexdigest(), nets, self.channels, self.k, self.project, total)
+        if isinstance(self.dataset, Tensor):
+            content = hashlib.sha256(_bytes(self.dataset)).hexdigest()
+            data: Any = (str(self.dataset.dtype), list(self.dataset.shape), content)
+        else:
+            data = batches(self.dataset, 1)[1] if isinstance(self.dataset, Dataset | DataLoader) else None
+        return digest(model.hexdigest(), nets, self.channels, self.k, self.project, data)
 
     def _save_now_and_then(self) -> None:
         if self.state is not None and time.monotonic() - self.saved > SAVE_EVERY:
@@ -395,7 +422,7 @@ class _Run:
         if not self.state.exists():
             return
         try:
-            content = torch.load(self.state, weights_only=True)
+            content = torch.load(self.state, map_location="cpu", weights_only=True)
             identity, saved = content["identity"], content["layers"]
         except Exception as error:  # whatever a broken or foreign file makes of itself
             raise ValueError(
@@ -443,10 +470,10 @@ class _Layer:
             raise IndexError(f"There is no channel {max(run.channels)}: the layer {net.layer!r} has {count}.")
         self.all = run.channels is None
         self.channels = torch.tensor(range(count) if run.channels is None else run.channels, device=device)
-        self.shape, self.dtype = images.shape[1:], images.dtype
+        self.shape, self.dtype, self.example = images.shape[1:], images.dtype, images[:1].clone()
         if saved is not None and saved["reason"] is not None:
             net.forget(images, saved["reason"])
-        self.tiling, self.reason = self._tiling(images, output)
+        self.tiling, self.reason = net.tiling(images)
         self.patches: Tensor | None = None
         self.projections: Tensor | None = None
         self.projected = 0
@@ -470,13 +497,6 @@ class _Layer:
     def saved(self) -> dict[str, Any]:
         names = ("reason", "patches", "projections", "projected")
         return {"running": tuple(self.running), **{name: getattr(self, name) for name in names}}
-
-    def _tiling(self, images: Tensor, output: Tensor) -> tuple[Tiling, str | None]:
-        """The tiles, if the network gives the same activations on them."""
-        tiling, reason = self.net.tiling(images)
-        if reason is None and not self.net.holds(tiling, images[:1], output[:1]):
-            return self.net.forget(images)
-        return tiling, reason
 
     def _patch_shape(self) -> tuple[int, ...]:
         return (len(self.channels), self.k, self.shape[0], *self.tiling.size)
@@ -525,6 +545,8 @@ class _Layer:
             r, j = row[start : start + 512], rank[start : start + 512]
             steps = self.tiling.steps(positions[r, j])
             self.patches[r, slots[r, j]] = self.tiling.cut(images, order[r, j] - k + known, steps)
+        if len(row):
+            self.projected = 0  # of those that were the best before
         self.running = _Running(values, indices, positions, slots, first + len(images))
         return greatest
 
@@ -555,7 +577,7 @@ class _Layer:
         assert self.patches is not None
         for part in torch.arange(len(now.slots), device=now.slots.device).split(16):
             self.patches[part] = self.patches[part[:, None], now.slots[part]]
-        field = self.net.field_or_whole(self.shape)
+        field = self.net.field_or_whole(self.example)
         return TopActivations(
             layer=self.net.layer,
             channels=self.channels,

@@ -414,3 +414,106 @@ def test_the_context_takes_the_options_too():
         convviz_cuda.backward_rule("guided", overlap="max")
     with pytest.raises(ValueError, match="norm must be one of"):
         convviz_cuda.backward_rule("guided", norm=0)
+
+
+def test_the_identity_is_not_differentiated_again():
+    model, x = network("3x3/2 overlapping"), images(1).requires_grad_()
+    for options, allowed in (({}, True), ({"norm": "gradient"}, True), ({"norm": "identity"}, False)):
+        with convviz_cuda.backward_rule("gradient", **options):
+            (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            if allowed:
+                torch.autograd.grad(first.square().sum(), x)
+            else:
+                with pytest.raises(RuntimeError, match="norm='identity' is no gradient"):
+                    torch.autograd.grad(first.square().sum(), x)
+
+
+def small(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
+
+
+def test_what_is_known_is_of_the_model_as_it_is():
+    """Reasons go with their cause, and geometry is found out again when it changes."""
+    model, x = small(), torch.zeros(1, 3, 32, 32)
+    net = DeconvNet(model, "1")
+    model.train()
+    with pytest.raises(CannotCapture, match="training mode"):
+        net.receptive_field(x)
+    model.eval()
+    handle = model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(CannotCapture, match="hooks"):
+        net.receptive_field(x)
+    handle.remove()
+    assert net.receptive_field(x).vertical.size == 3
+    model[0].stride, model[0].dilation = (2, 2), (3, 3)
+    field = net.receptive_field(x).vertical
+    assert (field.size, field.stride) == (7, 2)
+    over = DeconvNet(model, "1", overlap="overwrite")
+    over.receptive_field(x)
+    handle = model[0].register_forward_hook(lambda *_: None)
+    assert over.project(torch.randn(1, 3, 32, 32), 0).pixels.shape == (1, 3, 32, 32)
+    handle.remove()
+
+
+def test_a_layer_that_runs_as_often_as_the_image_is_large():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.d = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            x = self.a(x)
+            while x.shape[-1] > 8:
+                x = F.relu(self.d(x))
+            return x
+
+    torch.manual_seed(0)
+    model = Pyramid().double().eval()
+    net = DeconvNet(model, "d")
+    for size in (32, 64, 32):
+        x = torch.randn(1, 3, size, size, dtype=torch.float64)
+        found, fresh = net.project(x, 0), DeconvNet(model, "d").project(x, 0)
+        assert torch.equal(found.positions, fresh.positions) and found.positions.max() < 8
+        torch.testing.assert_close(found.pixels, fresh.pixels)
+
+
+def test_flat_images_hide_nothing():
+    """On an image without contrast every part looks like the whole: what holds is seen on noise."""
+    torch.manual_seed(0)
+    model = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(10), nn.Conv2d(4, 5, 3), nn.ReLU())
+        .double()
+        .eval()
+    )
+    x = torch.zeros(1, 3, 82, 82, dtype=torch.float64)
+    x[:, :, 60:, 60:] = 1.0
+    net = DeconvNet(model, "4", seed="one")
+    before = net.project(x, [0, 1, 2], (1, 1))
+    net.receptive_field(x)
+    assert net.tiling(x)[1] is not None
+    torch.testing.assert_close(net.project(x, [0, 1, 2], (1, 1)).pixels, before.pixels)
+
+
+def test_positions_mean_the_same_as_a_list_and_as_a_tensor():
+    model, x = network("2x2/2"), images(2)
+    net = DeconvNet(model, "4")
+    places = [(0, 0), (5, 5)]
+    for same in (torch.tensor(places), np.array(places)):
+        for one, other in zip(net.project(x, [0, 1], places), net.project(x, [0, 1], same), strict=True):
+            assert torch.equal(one, other)
+    own = net.project(x, [0, 1], torch.tensor(places)[None])  # another one in each image
+    assert own.positions.tolist() == [[[0, 0], [5, 5]]] * 2
+
+
+def test_copies_and_pickles():
+    import copy
+    import pickle
+
+    model, x = network("2x2/2"), images(1)
+    net = DeconvNet(model, "4")
+    expected = net.project(x, 1).pixels
+    assert torch.equal(copy.deepcopy(net).project(x, 1).pixels, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(net)).project(x, 1).pixels, expected)

@@ -115,6 +115,9 @@ def test_correlation_leaves_out_what_does_not_vary():
     b = torch.tensor([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0]], dtype=torch.float64)
     assert float(correlation(a, b)) == pytest.approx(np.corrcoef([1, 2, 4], [3, 2, 1])[0, 1])
     assert math.isnan(float(correlation(a[:, 1:], b[:, 1:])))
+    for count in (3, 6, 7, 11):
+        constant = torch.full((count, 1), 0.1, dtype=torch.float64)
+        assert math.isnan(float(correlation(constant, torch.arange(count).double()[:, None])))
 
 
 def test_lower_layers_settle_first(tmp_path):
@@ -138,13 +141,25 @@ def test_lower_layers_settle_first(tmp_path):
     ).stat().st_size > 5000
 
 
+def test_checkpoints_in_their_wrappers():
+    model, x = network(), images()
+    model[1] = nn.BatchNorm2d(6).double().eval()
+    state = {
+        f"module.{name}": tensor for name, tensor in model.state_dict().items() if "num_batches" not in name
+    }
+    found = feature_evolution(model, [{"state_dict": state, "epoch": 3}, state], x, ["0", "1"])
+    assert found.correlation.tolist() == [[pytest.approx(1.0)] * 2] * 2
+    with pytest.raises(TypeError, match="is one state dict"):
+        feature_evolution(model, model.state_dict(), x, ["0"])
+
+
 def test_evolution_bad_arguments(tmp_path):
     model, x = network(), images()
     state = model.state_dict()
-    for checkpoints, what in (([], "at least one"), ({"a": {}}, "does not fit")):
+    for checkpoints, what in (([], "at least one"), ({"a": {}}, "'a'")):
         with pytest.raises(ValueError, match=what):
             feature_evolution(model, checkpoints, x, ["0"])
-    with pytest.raises(ValueError, match="'checkpoint 0' does not fit the model: 0.weight"):
+    with pytest.raises(ValueError, match="checkpoint 'checkpoint 0' do not fit the model: 0.weight is"):
         feature_evolution(model, [state | {"0.weight": torch.zeros(6, 3, 5, 5)}], x, ["0"])
     with pytest.raises(TypeError, match="sequence or a mapping"):
         feature_evolution(model, "file.pt", x, ["0"])
@@ -163,6 +178,8 @@ def test_transforms_by_hand():
     x = torch.arange(12.0).view(1, 1, 3, 4)
     down = transform_images(x, "translate", 1, 9.0)
     assert torch.equal(down[0, 0, 1:], x[0, 0, :2]) and (down[0, 0, 0] == 9).all()
+    odd = transform_images(torch.rand(1, 3, 9, 9), "translate", 4, 100.0)
+    assert (odd[:, :, :4] == 100).all() and (odd[:, :, 4:] < 1).all()
     up = transform_images(x, "translate", -1, "edge")
     assert torch.equal(up[0, 0, :2], x[0, 0, 1:]) and torch.equal(up[0, 0, 2], x[0, 0, 2])
     mirrored = transform_images(x, "translate", 2, "reflect")
@@ -226,6 +243,27 @@ def test_invariance_draws_itself(tmp_path):
         axes = found.figure().axes
         assert [a.get_title() for a in axes] == ["1: distance", "6: distance", "P(true class)"]
         assert len(axes[0].lines) == (3 if len(some) == 3 else 1)
+
+
+def test_experiments_leave_a_training_model_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.5),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 22 * 22, 5),
+    ).double()
+    x, before = images(), {name: t.clone() for name, t in model.state_dict().items()}
+    found = feature_invariance(model, x, "translate", np.array([0.0, 3.0]), ["3"], fill=np.float32(0.5))
+    assert (found.distance[0, 0] == 0).all() and (found.distance[0, 1] > 0).all()
+    json.dumps(found.as_dict())
+    boxes = {"part": [[0, 0, 9, 9]] * 6}
+    both = [correspondence(model, x, boxes, ["3"], draws=np.int64(2)) for _ in range(2)]
+    assert torch.equal(both[0].raw, both[1].raw)
+    json.dumps(both[0].as_dict())
+    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_invariance_bad_arguments():
@@ -359,6 +397,8 @@ def test_correspondence_bad_arguments():
         ((x, {"a": [[4, 0, 4, 4]] * 3}, ["0"]), {}, ValueError, "is empty"),
         ((x, {"a": torch.zeros(3, 4)}, ["0"]), {}, TypeError, "hold ints"),
         ((x, {"a": box}, ["0"]), {"draws": 0}, ValueError, "draws must be"),
+        ((x, {"a": box}, ["0"]), {"tolerance": 1.0}, ValueError, "tolerance must lie"),
+        ((x.bfloat16(), {"a": box}, ["0"]), {}, TypeError, "float32 or float64"),
         ((x, {"a": box}, ["0"]), {"fill": "pink"}, ValueError, "fill must be"),
         ((x, {"a": box}, ["9"]), {}, ValueError, "layer must be"),
     ):
@@ -391,6 +431,10 @@ def test_occlusion_figure_is_the_sweep_and_the_projection(tmp_path):
     assert record["targets"] == [3, 5] and len(record["rows"]) == 7 and "projection" not in record
     single = occlusion_figure(model, x[0], None, "4")
     assert single.targets.tolist() == [int(scores[0].argmax())] and single.window == (3, 3)
+    with pytest.raises(ValueError, match="one class or one an image"):
+        occlusion_figure(model, images(3), [1, 2], "4")
+    negative = occlusion_figure(model, x[0], -1, "4")
+    assert negative.targets.tolist() == [6]
     with pytest.raises(ValueError, match="has no feature maps"):
         occlusion_figure(model, x, 0, "6")
     with pytest.raises(ValueError, match="layer must be"):

@@ -195,7 +195,7 @@ def test_state_dicts_are_checked_strictly(tmp_path):
     with pytest.raises(ValueError, match=r"1 missing \(0\.weight\) and 1 unexpected \(head\.weight\)\."):
         load_weights(model, tmp_path / "w.safetensors")
     save_file({**before, "0.bias": torch.zeros(5)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"0\.bias is \[5\] in the file and \[4\] in the model"):
+    with pytest.raises(ValueError, match=r"0\.bias is \[5\] there and \[4\] in the model"):
         load_weights(model, tmp_path / "w.safetensors")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -4,6 +4,7 @@ capturing."""
 from __future__ import annotations
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convviz_cuda.models import zfnet_mini
-from convviz_cuda.network import Axis, CannotCapture, Field, capture
+from convviz_cuda.network import Axis, CannotCapture, Field, capture, receptive_field
 
 torch.manual_seed(0)
 
@@ -332,3 +333,92 @@ def test_receptive_field_of_zfnet_by_hand():
     """conv 7x7/2, pool 3x3/2, conv 5x5/2: 7 + 2 * 2 + 4 * 4 pixels, every 8th."""
     chain = Field(0, 1, 1).through(Axis(7, 2, 1)).through(Axis(3, 2, 1)).through(Axis(5, 2, 0))
     assert (chain.size, chain.stride, chain.offset) == (27, 8, -3)
+
+
+class SideOutput(nn.Module):
+    """Computes something more after what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, more):
+        y = self.a(x).relu()
+        more.append(self.b(y))
+        return y
+
+
+class Sided(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.pool, relu = SideOutput(), nn.AdaptiveMaxPool2d(3), nn.ReLU()
+        self.shared = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), relu, nn.Conv2d(4, 4, 3, padding=1), relu)
+
+    def forward(self, x):
+        more = []
+        y = self.block(x, more)
+        return self.pool(self.shared(y + more[0]))
+
+
+def test_names_are_what_modules_give():
+    torch.manual_seed(0)
+    model, x = Sided().double().eval(), images(2, 9, 9)
+    network = capture(model, x)
+    assert "block" not in network.names  # two of its values are read outside: which it returned is not known
+    given = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, out, name=name: given.update({name: out}))
+    model(x)
+    assert {"pool", "shared", "shared.0", "shared.1", "shared.2", "block.a", "block.b"} <= set(network.names)
+    for name, place in network.names.items():
+        torch.testing.assert_close(network.run(x, [place])[1][place], given[name])
+
+
+def test_fields_where_positions_are_no_grid_of_the_image():
+    class Strides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 2, 2, stride=2), nn.Conv2d(3, 2, 9)
+
+        def forward(self, x):
+            return torch.cat([self.a(x), self.b(x)], 1)
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Conv2d(3, 2, (3, 1))
+
+        def forward(self, x):
+            return self.a(x).transpose(2, 3).relu()
+
+    for model, size in ((Strides(), 16), (Turned(), 12)):
+        assert receptive_field(model.eval().double(), "", images(1, size, size)).vertical is None
+
+
+def test_a_capture_leaves_other_threads_alone():
+    """An export changes modules while it runs: those of a copy, not those that somebody else calls at the moment."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(*[nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()] * 1, nn.Conv2d(3, 3, 1)).eval(),
+        images(1).float(),
+    )
+    expected, wrong, stop = model(x).detach(), [], threading.Event()
+
+    def use():
+        with torch.no_grad():
+            while not stop.is_set():
+                try:
+                    if not torch.equal(model(x), expected):
+                        wrong.append("another result")
+                except Exception as error:
+                    wrong.append(repr(error))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        for _ in range(4):
+            capture(model, x, again=True)
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong

@@ -354,3 +354,146 @@ def test_bad_arguments(tmp_path):
         top_activations([net, DeconvNet(network(), "4")], x)
     with pytest.raises(ValueError, match="layers of one model"):
         top_activations([], x)
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
+
+
+def test_weights_that_changed_unseen():
+    """A fused optimiser and ``.data`` leave a tensor's version as it was."""
+    model, x = plain(), torch.rand(3, 3, 32, 32)
+    optimiser = torch.optim.Adam(model.parameters(), 0.1, fused=True)
+    for change in ("nothing", "step", "data"):
+        if change == "step":
+            model(x)[:, 0].sum().backward()
+            optimiser.step()
+        elif change == "data":
+            model[0].weight.data.mul_(2)
+        found = DeconvNet(model, "1").top_activations(x, k=1)
+        with torch.no_grad():
+            torch.testing.assert_close(found.values[:, 0], model[:2](x).amax((0, 2, 3)))
+        assert found.reason is None
+
+
+def test_one_module_in_two_places():
+    torch.manual_seed(0)
+    relu = nn.ReLU()
+    model = (
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), relu, nn.Conv2d(4, 4, 3, padding=1), relu)
+        .double()
+        .eval()
+    )
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    net = DeconvNet(model, relu)
+    found = net.top_activations(x, k=1)
+    with torch.no_grad():  # the last run counts
+        torch.testing.assert_close(found.values[:, 0], model(x).amax((0, 2, 3)))
+    assert net.receptive_field(x).vertical.size == 5
+
+
+def test_blocks_whose_output_is_not_their_last_value():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.d = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x, more):
+            y = self.c(x).relu()
+            more.append(self.d(y))
+            return y
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.pool = Block(), nn.AdaptiveMaxPool2d(6)
+
+        def forward(self, x):
+            more = []
+            y = self.block(x, more)
+            return self.pool(y[..., 1:-1, 1:-1] + more[0])
+
+    torch.manual_seed(0)
+    model, x = Model().double().eval(), torch.rand(3, 3, 20, 20, dtype=torch.float64)
+    with torch.no_grad():
+        inner = model.block(x, [])
+        outer = model(x)
+    for layer, expected in (("block", inner), ("pool", outer)):
+        found = DeconvNet(model, layer).top_activations(x, k=1)
+        torch.testing.assert_close(found.values[:, 0], expected.amax((0, 2, 3)))
+
+
+def test_a_first_image_without_contrast():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(10), nn.Conv2d(4, 5, 3), nn.ReLU()
+    )
+    model = model.double().eval()
+    x = torch.rand(6, 3, 82, 82, dtype=torch.float64)
+    x[0] = 0
+    found = DeconvNet(model, "4").top_activations(x, k=2)
+    for c in range(5):
+        image, position = x[found.indices[c, 0]][None], found.positions[c, 0].tolist()
+        expected = DeconvNet(model, "4").project(image, c, position).pixels[0]
+        top, left = found.origins[c, 0].tolist()
+        height, width = found.projections.shape[-2:]
+        torch.testing.assert_close(
+            found.projections[c, 0], expected[:, top : top + height, left : left + width]
+        )
+
+
+def test_a_state_with_more_or_other_data(tmp_path):
+    model, x, state = network(), images(), tmp_path / "state.pt"
+    net = DeconvNet(model, "4")
+    net.top_activations([x[:10]], k=2, state=state)
+    longer = net.top_activations([x[:10], x[10:]], k=2, state=state)  # what came since is looked at
+    assert_same(longer, net.top_activations(x, k=2))
+    state.unlink()
+    net.top_activations(x, k=2, state=state)
+    for other in (x.flip(0), x[..., :30], x[:20]):
+        with pytest.raises(ValueError, match="another model, data set"):
+            net.top_activations(other, k=2, state=state)
+    model[0].dilation = (2, 2)
+    with pytest.raises(ValueError, match="another model"):
+        DeconvNet(model, "1").top_activations(x, k=2, state=state)
+    model[0].dilation = (1, 1)
+    state.unlink()
+    loader = DataLoader(Pictures(x[:10]), batch_size=4)
+    DeconvNet(model, "1").top_activations(loader, k=2, state=state)
+    with pytest.raises(ValueError, match="another model, data set"):
+        DeconvNet(model, "1").top_activations(DataLoader(Pictures(x), batch_size=4), k=2, state=state)
+
+
+def test_loaders_of_another_order():
+    from torch.utils.data import BatchSampler, RandomSampler, SubsetRandomSampler
+
+    net, data = DeconvNet(network(), "4"), Pictures(images(8))
+    loaders = (
+        DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, False)),
+        DataLoader(data, sampler=SubsetRandomSampler([1, 2])),
+        DataLoader(data, sampler=list(range(7, -1, -1))),
+    )
+    for loader in loaders:
+        with pytest.raises(ValueError, match="shuffles or has a sampler"):
+            net.top_activations(loader)
+    assert (
+        net.top_activations(DataLoader(data, batch_size=None), k=1, preprocess=lambda x: x[None]).count == 8
+    )
+
+
+def test_modes_generators_and_scalars():
+    model, x = network(), images(6)
+    model.train()
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    net = DeconvNet(model, "4")
+    found = net.top_activations(Pictures(x), channels=2, k=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training and all(m.training for m in model.modules())
+    assert found.channels.tolist() == [2]
+    assert net.top_activations(x, channels=torch.tensor(2), k=2).indices.tolist() == found.indices.tolist()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
+        net.top_activations(x)

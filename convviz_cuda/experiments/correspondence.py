@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import window_ops as ops
-from ..activations import LayerReader
+from ..activations import LayerReader, evaluating
 from ..checks import check_images
 from ..fills import Fill, fill_values
 from ..progress import Progress
@@ -33,6 +33,7 @@ class Correspondence(Result):
     mean, deviation: (P, L), over the pairs, of the Hamming distance divided by the number of features; deviation is
     the
         unbiased standard deviation (NaN for a single pair).
+    tolerance: differences up to this part of a layer's greatest feature count as 0.
     random_raw, random_mean, random_deviation: (P, L), the same for random boxes of each part's sizes; over the pairs
     of
         all draws, random_raw the mean over the draws.
@@ -51,6 +52,7 @@ class Correspondence(Result):
     fill: str
     draws: int
     seed: int
+    tolerance: float
 
     def table(self) -> str:
         """Markdown: mean and deviation of each part at each layer, random boxes beside."""
@@ -109,8 +111,8 @@ def correspondence(
     from its features at layer l.
 
     Args:
-        model: any module whose layers give tensors.
-        images: (N, C, H, W), float, at least two, of the same kind of object.
+        model: any module whose layers give tensors; it runs in evaluation mode and is left in its own.
+        images: (N, C, H, W), float32 or float64, at least two, of the same kind of object.
         parts: name -> boxes (N, 4), (x0, y0, x1, y1), half open, in pixels: where the part is in each image.
         layers: modules or their names; any output, flattened.
         fill: what stands in a hidden box's place (see :func:`convviz_cuda.fills.fill_values`).
@@ -133,6 +135,14 @@ def correspondence(
     for name, value, least in (("draws", draws, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, but it is {value!r}.")
+    if images.dtype not in (torch.float32, torch.float64):
+        # Rounding in 16 bits is as large as what hiding a part changes.
+        raise TypeError(
+            f"Correspondence takes images of float32 or float64, but their dtype is {images.dtype}."
+        )
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must lie in [0, 1), but it is {tolerance}.")
+    tolerance = 16 * torch.finfo(images.dtype).eps if tolerance is None else tolerance
     reader = LayerReader(model, layers)
     boxes = {name: _boxes(name, value, images) for name, value in parts.items()}
     filled = fill_values(images, fill, seed)
@@ -145,7 +155,7 @@ def correspondence(
     )
     flat = hidden.reshape(-1, 4).to(images.device)
     signs: list[list[Tensor]] = [[] for _ in reader.names]
-    with Progress(len(flat), "masked images", progress, "correspondence") as bar:
+    with evaluating(model), Progress(len(flat), "masked images", progress, "correspondence") as bar:
         clean = _clean(reader, images, batch_size)
         for start in range(0, len(flat), batch_size):
             part = flat[start : start + batch_size]
@@ -153,9 +163,8 @@ def correspondence(
             features = reader(_hide(images, filled, item, part))[1]
             for kept, now, (before, scale) in zip(signs, features, clean, strict=True):
                 now = now.flatten(1)
-                limit = 16 * torch.finfo(now.dtype).eps if tolerance is None else tolerance
                 eps = before[item] - now
-                kept.append(torch.where(eps.abs() <= limit * scale, 0, eps.sign()).to(torch.int8).cpu())
+                kept.append(torch.where(eps.abs() <= tolerance * scale, 0, eps.sign()).to(torch.int8).cpu())
             bar.advance(len(part))
     shape = hidden.shape[:3]
     found = [_deltas(torch.cat(kept).reshape(*shape, -1)) for kept in signs]
@@ -174,8 +183,9 @@ def correspondence(
         random_mean=random_mean,
         random_deviation=random_deviation,
         fill=fill if isinstance(fill, str) else "tensor" if isinstance(fill, Tensor) else str(fill),
-        draws=draws,
-        seed=seed,
+        draws=int(draws),
+        seed=int(seed),
+        tolerance=float(tolerance),
     )
 
 

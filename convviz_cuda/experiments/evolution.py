@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..deconvnet import MEMORY, DeconvNet
 from ..imaging import colour_limit, resized, signed_rgb, three_channels
-from ..loading import read_state_dict
+from ..loading import fitting_state, read_state_dict
 from ..progress import Progress
 from ..results import Result, new_figure, picture, write_picture
 from ..sheets import Panel, Row, sheet
@@ -170,34 +170,39 @@ def feature_evolution(
 
     Raises ValueError without checkpoints, or for one that does not fit the model, before anything is computed.
     """
+    if isinstance(checkpoints, Mapping) and any(isinstance(each, Tensor) for each in checkpoints.values()):
+        raise TypeError("checkpoints is one state dict; give a list of them, or a mapping from their names.")
     if isinstance(checkpoints, str | Path) or not isinstance(checkpoints, Sequence | Mapping):
         raise TypeError(
             f"checkpoints must be a sequence or a mapping of checkpoints, but it is {checkpoints!r}."
         )
-    if iter(dataset) is dataset if hasattr(dataset, "__next__") else False:
+    if hasattr(dataset, "__next__"):
         raise TypeError("The data set is gone through once for each checkpoint, but it is a generator.")
     given = dict(checkpoints) if isinstance(checkpoints, Mapping) else _named(checkpoints)
     if not given:
         raise ValueError("checkpoints must name at least one checkpoint, but it is empty.")
     if isinstance(layers, str) or not layers:
         raise ValueError(f"layers must be a list with at least one layer's name, but it is {layers!r}.")
-    models = {name: _loaded(model, checkpoint, name) for name, checkpoint in given.items()}
+    for name, checkpoint in given.items():  # refused before anything is computed
+        _state(model, checkpoint, name)
+    one = copy.deepcopy(model).eval()
     tops: list[list[TopActivations]] = []
     maxima: list[list[Tensor]] = []
-    with Progress(len(models), "checkpoints", progress, "evolution") as bar:
-        for one in models.values():
+    with Progress(len(given), "checkpoints", progress, "evolution") as bar:
+        for name, checkpoint in given.items():
+            one.load_state_dict(_state(one, checkpoint, name), strict=False)
             parts: list[list[Tensor]] = []
             nets = [DeconvNet(one, layer, overlap, norm=norm) for layer in layers]
             tops.append(
                 top_activations(
                     nets, dataset, k=1, preprocess=preprocess, batch_size=batch_size,
-                    memory_limit=memory_limit // len(models), watch=parts.append,
+                    memory_limit=memory_limit // len(given), watch=parts.append,
                 )
             )  # fmt: skip
             maxima.append([torch.cat(each).double() for each in zip(*parts, strict=True)])
             bar.advance()
     return FeatureEvolution(
-        checkpoints=list(models),
+        checkpoints=list(given),
         layers=[net.layer for net in nets],
         images=tops[0][0].count,
         correlation=_table(maxima, lambda now, last: correlation(now, last)),
@@ -211,9 +216,9 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 
     NaN if none is left.
     """
-    first, second = first - first.mean(0), second - second.mean(0)
-    norms = first.norm(dim=0) * second.norm(dim=0)
-    return ((first * second).sum(0) / norms)[norms > 0].mean()
+    varies = (first != first[:1]).any(0) & (second != second[:1]).any(0)
+    first, second = (each[:, varies] - each[:, varies].mean(0) for each in (first, second))
+    return ((first * second).sum(0) / (first.norm(dim=0) * second.norm(dim=0))).mean()
 
 
 def _table(values: list[list[Any]], compare: Callable[[Any, Any], Tensor]) -> Tensor:
@@ -238,14 +243,6 @@ def _named(checkpoints: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
     return dict(zip(names, checkpoints, strict=True))
 
 
-def _loaded(model: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Module:
-    """A copy of the model in evaluation mode with a checkpoint's weights."""
-    state = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_state_dict(checkpoint)
-    own = model.state_dict()
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if own.keys() != state.keys() or wrong:
-        apart = sorted(own.keys() ^ state.keys()) or wrong
-        raise ValueError(f"The checkpoint {name!r} does not fit the model: {', '.join(apart[:5])}.")
-    one = copy.deepcopy(model)
-    one.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in state.items()})
-    return one.eval()
+def _state(model: nn.Module, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    found = checkpoint if isinstance(checkpoint, Mapping) else read_state_dict(checkpoint)
+    return fitting_state(model, found, f"weights of the checkpoint {name!r}")

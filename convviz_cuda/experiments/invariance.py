@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import LayerReader
+from ..activations import LayerReader, evaluating
 from ..checks import check_images
 from ..progress import Progress
 from ..results import Result, new_figure
@@ -100,29 +101,27 @@ def transform_images(images: Tensor, transform: str, value: float, fill: str | f
     else:  # where a point of the result comes from: turned back, on axes whose y points down
         cos, sin = math.cos(math.radians(value)), math.sin(math.radians(value))
         y, x = x * sin + y * cos, x * cos - y * sin
+    if transform == "translate" and float(value).is_integer():
+        return _rows(images, torch.arange(height, device=images.device) - int(value), fill)
     if not isinstance(fill, str):
         wide = wide - fill
-    if transform == "translate" and float(value).is_integer():
-        rows = torch.arange(height, device=images.device) - int(value)
-        moved = _rows(wide, rows, fill)
-    else:
-        grid = torch.stack([2 * x / width, 2 * y / height], -1).expand(len(images), -1, -1, -1)
-        mode = FILLS[fill] if isinstance(fill, str) else "zeros"
-        moved = F.grid_sample(wide, grid, mode="bilinear", padding_mode=mode, align_corners=False)
+    grid = torch.stack([2 * x / width, 2 * y / height], -1).expand(len(images), -1, -1, -1)
+    mode = FILLS[fill] if isinstance(fill, str) else "zeros"
+    moved = F.grid_sample(wide, grid, mode="bilinear", padding_mode=mode, align_corners=False)
     if not isinstance(fill, str):
         moved = moved + fill
     return moved.to(images.dtype)
 
 
 def _rows(images: Tensor, rows: Tensor, fill: str | float) -> Tensor:
-    """Rows of images, with what lies beyond the border; 0 there for a number."""
+    """Rows of images, with what lies beyond the border."""
     height = images.shape[2]
     if fill == "reflect":  # about the border, as grid_sample does: the edge's pixel comes twice
         rows = rows % (2 * height)
         rows = torch.where(rows < height, rows, 2 * height - 1 - rows)
     inside = (rows >= 0) & (rows < height)
     moved = images[:, :, rows.clamp(0, height - 1)]
-    return moved if isinstance(fill, str) else moved * inside[:, None]
+    return moved if isinstance(fill, str) else torch.where(inside[:, None], moved, fill)
 
 
 @torch.no_grad()
@@ -141,7 +140,7 @@ def feature_invariance(
     """Euclidean distance of features per layer, and the probability of the true class, under a transformation.
 
     Args:
-        model: images -> class scores (N, K).
+        model: images -> class scores (N, K); it runs in evaluation mode and is left in its own.
         images: (N, C, H, W), float, as the model takes them.
         transform: "translate" (vertically), "scale" or "rotate".
         values: pixels downwards, ratios, or degrees counter-clockwise.
@@ -156,9 +155,9 @@ def feature_invariance(
     check_images("images", images)
     if not len(images):
         raise ValueError("images must hold at least one image.")
-    if isinstance(values, str) or not isinstance(values, Sequence | Tensor) or not len(values):
+    if isinstance(values, str) or not isinstance(values, Sequence | Tensor | np.ndarray) or not len(values):
         raise ValueError(f"values must hold at least one number, but it is {values!r}.")
-    numbers_ = values.tolist() if isinstance(values, Tensor) else list(values)
+    numbers_ = values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
     _check(transform, numbers_, fill)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but it is {batch_size}.")
@@ -167,7 +166,8 @@ def feature_invariance(
     norm = torch.zeros(len(reader.names), len(images), dtype=torch.float64)
     probability = torch.zeros(len(numbers_), len(images))
     found: list[int] = []
-    with Progress(len(images) * len(numbers_), "images", progress, transform) as bar:
+    count = len(images) * len(numbers_)
+    with evaluating(model), Progress(count, "images", progress, transform) as bar:
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             scores, originals = reader(images[part])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..activations import LayerReader
+from ..activations import LayerReader, evaluating
 from ..deconvnet import DeconvNet
 from ..fills import Fill
 from ..imaging import colour_limit, colours, denormalised, number, signed_rgb, three_channels
@@ -92,7 +92,7 @@ class OcclusionFigure(Result):
             activation, probability = (
                 t[b].float().cpu().numpy() for t in (self.activation, self.probability)
             )
-            limit = max(float(np.abs(activation).max()), 1e-12)
+            limit = colour_limit(activation, 1.0)
             projection = three_channels(self.projection[b].float().cpu().numpy())
             rows.append(
                 Row(
@@ -191,19 +191,22 @@ def occlusion_figure(
         stride = tuple(
             max(1, side // 4) for side in ((window, window) if isinstance(window, int) else window)
         )
-    sweep_options.setdefault("border", "inside")
-    sweep = occlusion_sweep(model, images, window, stride, fill=fill, progress=progress, **sweep_options)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         scores, (maps,) = LayerReader(model, [net.layer])(images)
     if maps.dim() != 4:
         raise ValueError(
             f"The layer {layer!r} has no feature maps: its output has the shape {tuple(maps.shape)}."
         )
+    targets = scores.argmax(1) if target is None else torch.as_tensor(target).reshape(-1).to(scores.device)
+    if len(targets) not in (1, len(images)):
+        raise ValueError(
+            f"target must be one class or one an image ({len(images)}), but there are {len(targets)}."
+        )
+    targets = targets.expand(len(images))
     sums = maps.sum((2, 3))
     channels = sums.argmax(1)
-    targets = (
-        scores.argmax(1) if target is None else torch.as_tensor(target).expand(len(images)).to(scores.device)
-    )
+    sweep_options.setdefault("border", "inside")
+    sweep = occlusion_sweep(model, images, window, stride, fill=fill, progress=progress, **sweep_options)
     found = sweep.maps(targets.tolist(), net.layer, channels.tolist())
     return OcclusionFigure(
         window=sweep.window,

@@ -9,7 +9,6 @@ of the images that the classifier is trained on, and :data:`STRENGTH` says how t
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 import warnings
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..activations import LayerReader, layer_features
+from ..activations import LayerReader, evaluating, layer_features
 from ..progress import Progress
 from ..results import Result, _plain, new_figure
 
@@ -452,18 +451,6 @@ def _all_but_a_part(labels: np.ndarray, seed: int, fold: int, folds: int) -> np.
 # -- features and labels
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while, each module in its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _features(
     images: Tensor,
     model: nn.Module,
@@ -476,7 +463,7 @@ def _features(
     """Each layer's features (N, D), on the CPU."""
     device = next((p.device for p in model.parameters()), images.device)
     kept: list[list[Tensor]] = [[] for _ in layers]
-    with _evaluating(model):
+    with evaluating(model):
         for part in images.split(batch_size):
             inputs = part if preprocess is None else preprocess(part)
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
