@@ -367,6 +367,15 @@ def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
         return network
 
 
+def captured(model: nn.Module, images: Tensor) -> Network | None:
+    """What :func:`capture` would give without capturing, or None."""
+    try:
+        known = _captured.get(model)
+        return known[1] if known is not None and known[0] == _key(model, images) else None
+    except (TypeError, CannotCapture):
+        return None
+
+
 def is_current(network: Network, model: nn.Module, images: Tensor) -> bool:
     """Whether the tensors and modes of a model still are those that were captured; settings do not matter any more."""
     try:

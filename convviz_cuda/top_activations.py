@@ -563,7 +563,9 @@ class _Layer:
             r, j = (each[self.projected : self.projected + at_once] for each in (row, rank))
             steps = self.tiling.steps(now.positions[r, j])
             patches = self.patches[r, now.slots[r, j]]
-            found = self.net.project_tiles(patches, self.channels[r], now.positions[r, j], steps)
+            found = self.net.project_tiles(
+                patches, self.channels[r], now.positions[r, j], steps, self.example, now.values[r, j]
+            )
             if found is None:
                 raise RuntimeError(
                     f"The layer {self.net.layer!r} cannot run on patches of {self.tiling.size} pixels."

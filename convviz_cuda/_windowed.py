@@ -1,0 +1,321 @@
+"""The deconvnet of single activations on the windows of each layer that they see: one forward serves all, and the way
+back needs the switches alone.
+
+Under the deconvnet rule a ReLU gates by the signal itself, so all that the way down needs of the forward is where each
+pooling window has its maximum. A single activation's signal fills a window that grows from layer to layer; every
+layer's windows have one size, so that projections make a batch, whichever images they belong to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from ._layers import Axis, Layer
+from .checks import pooled_shape
+from .network import CannotCapture, Network
+from .reference import DECONVNET, IDENTITY, channels_last, conv2d_input_grad
+
+RELU = (0.0, math.inf)
+# Bytes of the largest layer's windows in one pass: on a CPU few enough for its cache.
+PASS = {"cpu": 1 << 25, "cuda": 1 << 28}
+
+
+class Span(NamedTuple):
+    """A window on one axis: from ``position * stride + offset`` on, ``size`` of them."""
+
+    stride: int
+    offset: int
+    size: int
+
+    def below(self, axis: Axis) -> Span:
+        """What a layer with this window reads of its input."""
+        return Span(
+            self.stride * axis.stride,
+            self.offset * axis.stride - axis.padding,
+            (self.size - 1) * axis.stride + axis.reach,
+        )
+
+    def start(self, position: Tensor) -> Tensor:
+        return position * self.stride + self.offset
+
+
+@dataclass
+class Forward:
+    """What the way down needs: the target layer's output, the switches of the poolings, the layers' map sizes."""
+
+    output: Tensor
+    switches: dict[int, Tensor]
+    sizes: dict[int, torch.Size]
+
+
+class WindowedDeconvnet:
+    """Projects activations of the layer ``place`` of a captured network by the deconvnet, ``overlap="sum"``.
+
+    Raises CannotCapture if a layer below is none that it knows: convolutions, max pooling, ReLU, folded or other
+    scales of channels, sums and concatenations.
+    """
+
+    def __init__(self, network: Network, place: int) -> None:
+        self.network, self.place = network, place
+        needed = {place}
+        for index in range(place, -1, -1):
+            if index in needed:
+                needed.update(network.layers[index].inputs)
+        self.needed = sorted(needed)
+        self.readers = {i: sum(i in network.layers[j].inputs for j in self.needed) for i in self.needed}
+        self.ceil: dict[int, bool] = {}
+        for index in self.needed:
+            self._check(index, network.layers[index])
+        self.spans = self._spans()
+        shapes = [
+            network.layers[i].channels * math.prod(axis.size for axis in self.spans[i]) for i in self.needed
+        ]
+        self.largest = max(shapes)  # elements of one projection
+
+    def _check(self, index: int, layer: Layer) -> None:
+        simple = layer.kind in ("input", "convolution", "add", "concatenate") or layer.args[:1] in (
+            ("affine",),
+            ("clamp",),
+        )
+        bounds = [layer.activation] if layer.args[:1] != ("clamp",) else [layer.activation, layer.args[1]]
+        if layer.kind == "max_pool":
+            assert layer.windows is not None
+            before = self.network.layers[layer.inputs[0]]
+            kernel, stride, padding, dilation = _geometry(layer)
+            sizes = [
+                pooled_shape((1, 1, *before.size), kernel, stride, padding, dilation, ceil)[2:]
+                for ceil in (False, True)
+            ]
+            simple = list(layer.size) in sizes
+            self.ceil[index] = list(layer.size) != sizes[0]
+        one = layer.kind != "concatenate" or layer.kwargs["dim"] % 4 == 1
+        if not simple or not one or layer.axes != (2, 3) or any(b not in (None, RELU) for b in bounds):
+            raise CannotCapture(f"The layer {layer.name!r} has no way down on windows.")
+
+    def _spans(self) -> dict[int, tuple[Span, Span]]:
+        """Each layer's window, around those that its readers read."""
+        asked: dict[int, list[tuple[Span, Span]]] = {self.place: [(Span(1, 0, 1),) * 2]}
+        spans = {}
+        for index in reversed(self.needed):
+            layer = self.network.layers[index]
+            spans[index] = tuple(_hull([pair[axis] for pair in asked[index]]) for axis in (0, 1))
+            for source in layer.inputs:
+                asked.setdefault(source, []).append(self._source(index, spans))
+        return spans
+
+    def _source(self, index: int, spans: Any) -> tuple[Span, Span]:
+        windows = self.network.layers[index].windows or (Axis(), Axis())
+        return tuple(span.below(axis) for span, axis in zip(spans[index], windows, strict=True))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Forward:
+        """One forward to the layer, of images of any size that the layers bear."""
+        if images.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        layers, last = self.network.layers, {}
+        for index in self.needed:
+            for source in layers[index].inputs:
+                last[source] = index
+        values: dict[int, Tensor] = {0: images}
+        result = Forward(images, {}, {0: images.shape[2:]})
+        for index in self.needed:
+            layer = layers[index]
+            if index:
+                given = [values[source] for source in layer.inputs]
+                if layer.kind == "max_pool":
+                    arguments = (*_geometry(layer), self.ceil[index], False)
+                    values[index], result.switches[index] = ops.relu_max_pool2d_op(given[0], *arguments)
+                else:
+                    values[index] = layer.run(given)
+                result.sizes[index] = values[index].shape[2:]
+            for source in set(layer.inputs):
+                if last[source] == index and source != self.place:
+                    del values[source]
+        result.output = values[self.place]
+        return result
+
+    def project_all(
+        self, forward: Forward, items: Tensor, channels: Tensor, positions: Tensor, seeds: Tensor, size: Any
+    ) -> Tensor:
+        """:meth:`project` as images (M, C, *size), some at a time."""
+        room = PASS.get(seeds.device.type, PASS["cuda"])
+        at_once = max(1, room // (self.largest * seeds.element_size()))
+        parts = []
+        for start in range(0, len(items), at_once):
+            some = slice(start, start + at_once)
+            windows = self.project(forward, items[some], channels[some], positions[some], seeds[some])
+            parts.append(placed(*windows, size))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @torch.no_grad()
+    def project(
+        self, forward: Forward, items: Tensor, channels: Tensor, positions: Tensor, seeds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The projections' windows (M, C, h, w), 0 outside of the image, and their first rows and columns (M, 2).
+
+        items (M,): the images' numbers; channels (M,); positions (M, 2); seeds (M,): the signals to start from.
+        """
+        lows, highs = (t.tolist() for t in (positions.amin(0), positions.amax(0)))
+        target = self.network.layers[self.place]
+        signal = torch.zeros(len(items), target.channels, 1, 1, dtype=seeds.dtype, device=seeds.device)
+        signal = signal.contiguous(memory_format=torch.channels_last)
+        signal[torch.arange(len(items), device=items.device), channels, 0, 0] = seeds
+        parts: dict[int, list[tuple[tuple[Span, Span], Tensor]]] = {
+            self.place: [(self.spans[self.place], signal)]
+        }
+        gated: set[int] = set()
+        for index in reversed(self.needed):
+            layer, spans = self.network.layers[index], self.spans[index]
+            signal = _merged(spans, parts.pop(index))
+            outside = any(
+                span.start(low) < 0 or span.start(high) + span.size > size
+                for span, low, high, size in zip(spans, lows, highs, forward.sizes[index], strict=True)
+            )
+            if outside:
+                signal.masked_fill_(self._outside(spans, positions, forward.sizes[index]), 0.0)
+            if index == 0:
+                break
+            rectified = layer.activation == RELU or layer.args[:2] == ("clamp", RELU)
+            if rectified and index not in gated:
+                signal = signal.clamp_(min=0)
+            for source, below in self._down(index, layer, signal, forward, items, positions, gated):
+                parts.setdefault(source, []).append((self._source(index, self.spans), below))
+        starts = torch.stack([span.start(positions[:, axis]) for axis, span in enumerate(spans)], 1)
+        return signal, starts
+
+    def _down(self, index, layer, signal, forward, items, positions, gated):
+        """The signal at each of a layer's inputs."""
+        if layer.kind == "convolution":
+            yield layer.inputs[0], _transposed(layer, signal)
+        elif layer.kind == "max_pool":
+            source = layer.inputs[0]
+            before = self.network.layers[source]
+            # The ReLU below gates in the same pass where this pooling is all that reads it.
+            alone = before.activation == RELU and self.readers[source] == 1
+            if alone:
+                gated.add(source)
+            switches = _windows(forward.switches[index], items, positions, self.spans[index])
+            size = [span.size for span in self._source(index, self.spans)]
+            kernel, stride, _, dilation = _geometry(layer)
+            rule = DECONVNET if alone else IDENTITY
+            yield (
+                source,
+                ops.switch_unpool2d_op(signal, switches, size, kernel, stride, [0, 0], dilation, rule, False),
+            )
+        elif layer.kind == "add":
+            for number, source in enumerate(layer.inputs):
+                yield source, signal.clone() if number else signal
+        elif layer.kind == "concatenate":
+            counts = [self.network.layers[source].channels for source in layer.inputs]
+            for source, part in zip(layer.inputs, signal.split(counts, 1), strict=True):
+                yield source, part.contiguous(memory_format=torch.channels_last)
+        elif layer.args[:1] == ("affine",):
+            yield layer.inputs[0], signal * layer.args[1].view(1, -1, 1, 1)
+        else:
+            yield layer.inputs[0], signal
+
+    @staticmethod
+    def _outside(spans: tuple[Span, Span], positions: Tensor, size: torch.Size) -> Tensor:
+        """Where windows (M, 1, h, w) leave the map: there is padding, which is no pixel."""
+        masks = []
+        for axis, (span, count) in enumerate(zip(spans, size, strict=True)):
+            place = span.start(positions[:, axis])[:, None] + torch.arange(span.size, device=positions.device)
+            masks.append((place < 0) | (place >= count))
+        return (masks[0][:, :, None] | masks[1][:, None, :])[:, None]
+
+
+def placed(windows: Tensor, starts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows (M, C, h, w) in images (M, C, *size) of zeros, cut off where they leave them."""
+    images = torch.zeros(len(windows), windows.shape[1], *size, dtype=windows.dtype, device=windows.device)
+    if windows.device.type == "cpu":
+        height, width = windows.shape[2:]
+        for image, window, (top, left) in zip(images, windows, starts.tolist(), strict=True):
+            y0, x0 = max(top, 0), max(left, 0)
+            # A position may see nothing but padding.
+            y1, x1 = max(min(top + height, size[0]), y0), max(min(left + width, size[1]), x0)
+            image[:, y0:y1, x0:x1] = window[:, y0 - top : y1 - top, x0 - left : x1 - left]
+        return images
+    return placed_by_gathering(windows, starts, size)
+
+
+def placed_by_gathering(windows: Tensor, starts: Tensor, size: tuple[int, int]) -> Tensor:
+    """:func:`placed` without a loop: each pixel reads what lies there."""
+    inside, places = [], []
+    for axis, count in enumerate(size):
+        place = torch.arange(count, device=windows.device) - starts[:, axis, None]
+        inside.append((place >= 0) & (place < windows.shape[2 + axis]))
+        places.append(place.clamp(0, windows.shape[2 + axis] - 1))
+    every = torch.arange(len(windows), device=windows.device)[:, None, None]
+    pixels = windows.permute(0, 2, 3, 1)[every, places[0][:, :, None], places[1][:, None, :]].permute(
+        0, 3, 1, 2
+    )
+    return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], pixels, 0).contiguous()
+
+
+def _hull(spans: list[Span]) -> Span:
+    if len({span.stride for span in spans}) > 1:
+        raise CannotCapture("Branches of different strides meet: they have no common windows.")
+    first = min(span.offset for span in spans)
+    return Span(spans[0].stride, first, max(span.offset + span.size for span in spans) - first)
+
+
+def _merged(spans: tuple[Span, Span], parts: list[tuple[tuple[Span, Span], Tensor]]) -> Tensor:
+    """The sum of signals on windows that lie in one window."""
+    if len(parts) == 1:
+        return parts[0][1]
+    size = [span.size for span in spans]
+    whole = next((tensor for own, tensor in parts if own == spans), None)
+    if whole is None:
+        shape = (*parts[0][1].shape[:2], *size)
+        whole = torch.zeros(shape, dtype=parts[0][1].dtype, device=parts[0][1].device)
+        whole = whole.contiguous(memory_format=torch.channels_last)
+    for own, tensor in parts:
+        if tensor is not whole:
+            rows, columns = (
+                slice(inner.offset - outer.offset, inner.offset - outer.offset + inner.size)
+                for inner, outer in zip(own, spans, strict=True)
+            )
+            whole[:, :, rows, columns] += tensor
+    return whole
+
+
+def _geometry(layer: Layer) -> tuple[list[int], ...]:
+    """Kernel, stride, padding and dilation."""
+    assert layer.windows is not None
+    names = ("kernel", "stride", "padding", "dilation")
+    return tuple([getattr(axis, name) for axis in layer.windows] for name in names)
+
+
+def _windows(maps: Tensor, items: Tensor, positions: Tensor, spans: tuple[Span, Span]) -> Tensor:
+    """Windows (M, C, h, w) of maps (N, C, H, W); beyond the border the border's, where signals are 0."""
+    rows, columns = (
+        (span.start(positions[:, axis])[:, None] + torch.arange(span.size, device=maps.device)).clamp(
+            0, maps.shape[2 + axis] - 1
+        )
+        for axis, span in enumerate(spans)
+    )
+    pixels = maps.permute(0, 2, 3, 1)[items[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return pixels.permute(0, 3, 1, 2)
+
+
+def _transposed(layer: Layer, signal: Tensor) -> Tensor:
+    """A convolution's transposed filters on windows, all of what they reach."""
+    assert layer.windows is not None and layer.weight is not None
+    weight = layer.weight
+    if layer.is_linear:
+        pixels = F.linear(signal.permute(0, 2, 3, 1), weight.flatten(1).t())
+        return pixels.permute(0, 3, 1, 2)
+    size = [axis.extent(n) for axis, n in zip(layer.windows, signal.shape[2:], strict=True)]
+    _, stride, _, dilation = _geometry(layer)
+    signal = signal.contiguous(memory_format=torch.channels_last)
+    few = signal.device.type == "cpu" and signal.dtype == torch.float32 and channels_last(signal)
+    if layer.groups == 1 and few and weight.shape[1] <= ops.FEW_CHANNELS:
+        return ops.conv2d_input_grad_op(signal, weight, size, stride, [0, 0], dilation)
+    return conv2d_input_grad(signal, weight, size, stride, [0, 0], dilation, layer.groups)
