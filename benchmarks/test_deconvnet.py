@@ -5,6 +5,7 @@ What is found once for a model and a size of image (the capture, for receptive f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -42,16 +43,16 @@ def test_projections_of_one_image(name: str, layer: str, quick: bool, compare: C
     model, image = build(name, quick), images(1, quick)
     channels = list(range(4 if quick else PROJECTIONS))
     net = DeconvNet(model, layer, seed="one")
-    net.receptive_field(image)
+    net.receptive_field(image)  # once a model and size of image
     found = net.project(image, channels)
     places = found.positions[:, 0].tolist()
     chosen = [(channel, *place) for channel, place in zip(channels, places, strict=True)]
     part = chosen if quick or name != "vgg16" else chosen[:8]
-    wide, exact = model.double(), image.double()
+    # A copy: weights that change would have to be captured again.
+    wide, exact = copy.deepcopy(model).double(), image.double()
     one = captum_project(wide, layer, exact, chosen[:2])
     error = relative_error(DeconvNet(wide, layer, seed="one").project(exact, channels[:2]).pixels[:, 0], one)
     assert error < 1e-9, f"The projections differ from Captum's by {error} of their largest value in float64."
-    model.float()
     compare(
         f"{len(channels)} projections of one image, seconds for all, float32",
         f"{name} {layer}",

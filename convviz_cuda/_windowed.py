@@ -8,6 +8,7 @@ layer's windows have one size, so that projections make a batch, whichever image
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ class WindowedDeconvnet:
         for index in self.needed:
             self._check(index, network.layers[index])
         self.spans = self._spans()
+        self.transposed = {i: _transposed_layer(network.layers[i]) for i in self.needed}
         shapes = [
             network.layers[i].channels * math.prod(axis.size for axis in self.spans[i]) for i in self.needed
         ]
@@ -192,13 +194,19 @@ class WindowedDeconvnet:
 
     def _down(self, index, layer, signal, forward, items, positions, gated):
         """The signal at each of a layer's inputs."""
+        source = layer.inputs[0]
+        # The ReLU below gates in the same pass where this layer is all that reads it.
+        alone = self.network.layers[source].activation == RELU and self.readers[source] == 1
         if layer.kind == "convolution":
-            yield layer.inputs[0], _transposed(layer, signal)
+            turned = self.transposed[index]
+            if turned is None:
+                yield source, _transposed(layer, signal)
+                return
+            if alone:
+                gated.add(source)
+            turned = dataclasses.replace(turned, activation=RELU if alone else None)
+            yield source, turned.convolve(signal, [axis.padding for axis in turned.windows])
         elif layer.kind == "max_pool":
-            source = layer.inputs[0]
-            before = self.network.layers[source]
-            # The ReLU below gates in the same pass where this pooling is all that reads it.
-            alone = before.activation == RELU and self.readers[source] == 1
             if alone:
                 gated.add(source)
             switches = _windows(forward.switches[index], items, positions, self.spans[index])
@@ -303,6 +311,20 @@ def _windows(maps: Tensor, items: Tensor, positions: Tensor, spans: tuple[Span, 
     )
     pixels = maps.permute(0, 2, 3, 1)[items[:, None, None], rows[:, :, None], columns[:, None, :]]
     return pixels.permute(0, 3, 1, 2)
+
+
+def _transposed_layer(layer: Layer) -> Layer | None:
+    """A convolution of stride 1, turned: convolutions have more ways to be fast than their gradients. Else None."""
+    if layer.kind != "convolution" or layer.is_linear or layer.groups > 1:
+        return None
+    assert layer.windows is not None and layer.weight is not None
+    if any(axis.stride > 1 for axis in layer.windows) or layer.weight.shape[1] <= ops.FEW_CHANNELS:
+        return None
+    weight = layer.weight.flip(2, 3).transpose(0, 1).contiguous()
+    windows = tuple(Axis(a.kernel, 1, a.reach - 1, a.dilation) for a in layer.windows)
+    turned = Layer("convolution", layer.inputs, layer.shape, (2, 3), windows=windows, weight=weight)
+    turned.pack()
+    return turned
 
 
 def _transposed(layer: Layer, signal: Tensor) -> Tensor:
