@@ -40,6 +40,13 @@ class Part(NamedTuple):
     probes: dict[str, Tensor]
 
 
+def _layer_index(network: Network, name: str) -> int:
+    try:
+        return network.layer_index(name)
+    except ValueError as error:
+        raise ValueError(f"{error} incremental=False serves every module that gives one tensor.") from None
+
+
 class Incremental:
     """Rectangles only, from a captured network."""
 
@@ -62,7 +69,7 @@ class Incremental:
 
     def _network(self, layers: tuple[str, ...]) -> Network:
         """The layers as they run: prepared once for all sweeps of the model, chosen classes cut out of the last."""
-        keep = tuple(self.raw.layer_index(name) for name in layers)
+        keep = tuple(_layer_index(self.raw, name) for name in layers)
         network = self.raw.remember(
             ("optimised", keep, self.finite), lambda: self.raw.optimised(keep, pack=self.finite)
         )
@@ -98,7 +105,7 @@ class Incremental:
     def channel_sums(self, layer: str) -> Tensor:
         """(B, C): the clean images' sums of each channel of a layer."""
         if layer not in self._sums:
-            index = self.raw.layer_index(layer)
+            index = _layer_index(self.raw, layer)
             found = self.raw.layers[index]
             if found.axes != (2, 3) or len(found.shape) != 3:
                 raise ValueError(

@@ -188,7 +188,9 @@ class Network:
         """The layer whose value is the output of the module ``name``; ValueError if there is none."""
         if name not in self.names:
             known = ", ".join(repr(known) for known in self.names if known)
-            raise ValueError(f"The model has no layer {name!r} that runs. Its layers are: {known}.")
+            raise ValueError(
+                f"The model has no layer {name!r} that runs and gives a single value. Its layers are: {known}."
+            )
         return self.names[name]
 
     def receptive_fields(self, rivals: bool = False) -> list[tuple[Field, Field] | None]:

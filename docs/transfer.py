@@ -26,7 +26,9 @@ SETTINGS = Settings(seed=11, epochs=12, scenes=12000, held_out=1024)
 def main(folder: str, out: str = str(HERE / "transfer.png")) -> None:
     data = render(SETTINGS, workers=2)
     kept = [labels < KNOWN for labels in (data.labels, data.held_labels)]
-    seen = Data(data.images[kept[0]], data.labels[kept[0]], data.held_images[kept[1]], data.held_labels[kept[1]])
+    seen = Data(
+        data.images[kept[0]], data.labels[kept[0]], data.held_images[kept[1]], data.held_labels[kept[1]]
+    )
     train(folder, SETTINGS, data=seen)
     trained = models.zfnet_mini(pretrained=False)
     models.load_weights(trained, Path(folder) / f"{NAME}.safetensors")

@@ -393,6 +393,7 @@ def test_one_module_in_two_places():
     with torch.no_grad():  # the last run counts
         torch.testing.assert_close(found.values[:, 0], model(x).amax((0, 2, 3)))
     assert net.receptive_field(x).vertical.size == 5
+    assert DeconvNet(model, "3").top_activations(x, k=1).indices.tolist() == found.indices.tolist()
 
 
 def test_blocks_whose_output_is_not_their_last_value():

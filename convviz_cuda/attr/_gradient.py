@@ -366,7 +366,7 @@ def find_layer(model: nn.Module, layer: nn.Module | str) -> nn.Module:
     """A layer given as a module or by its name in ``model.named_modules()``; ValueError for an unknown one."""
     if isinstance(layer, nn.Module):
         return layer
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module may stand in several places
     if not isinstance(layer, str) or layer not in modules:
         names = ", ".join(name for name in modules if name)
         raise ValueError(
