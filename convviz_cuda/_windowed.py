@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -144,11 +145,19 @@ class WindowedDeconvnet:
         return result
 
     def project_all(
-        self, forward: Forward, items: Tensor, channels: Tensor, positions: Tensor, seeds: Tensor, size: Any
+        self,
+        forward: Forward,
+        items: Tensor,
+        channels: Tensor,
+        positions: Tensor,
+        seeds: Tensor,
+        size: tuple[int, int],
+        most: int | None = None,
     ) -> Tensor:
-        """:meth:`project` as images (M, C, *size), some at a time."""
+        """:meth:`project` as images (M, C, *size), some at a time, ``most`` if given."""
         room = PASS.get(seeds.device.type, PASS["cuda"])
         at_once = max(1, room // (self.largest * seeds.element_size()))
+        at_once = at_once if most is None else min(at_once, most)
         parts = []
         for start in range(0, len(items), at_once):
             some = slice(start, start + at_once)
@@ -192,8 +201,17 @@ class WindowedDeconvnet:
         starts = torch.stack([span.start(positions[:, axis]) for axis, span in enumerate(spans)], 1)
         return signal, starts
 
-    def _down(self, index, layer, signal, forward, items, positions, gated):
-        """The signal at each of a layer's inputs."""
+    def _down(
+        self,
+        index: int,
+        layer: Layer,
+        signal: Tensor,
+        forward: Forward,
+        items: Tensor,
+        positions: Tensor,
+        gated: set[int],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The signal at each of a layer's inputs; adds those to ``gated`` that have been through their ReLU."""
         source = layer.inputs[0]
         # The ReLU below gates in the same pass where this layer is all that reads it.
         alone = self.network.layers[source].activation == RELU and self.readers[source] == 1

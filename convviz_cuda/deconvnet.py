@@ -287,7 +287,8 @@ class DeconvNet:
                 None: each image's strongest. Negative ones count from the end.
             position: None: where the feature map is strongest, the first of equals; (row, column), a sequence of K
                 of them, or a tensor (K, 1, 2), (1, N, 2) or (K, N, 2); "map": the whole feature map at once.
-            projections_per_pass: signals in one backward pass; None chooses.
+            projections_per_pass: of the K in one backward pass; None chooses. Parts of images come as many at a time as
+                take as much memory as whole ones.
 
         Returns:
             :class:`Projection`; without the leading K if ``channel`` is an int or None.
@@ -296,7 +297,7 @@ class DeconvNet:
         range, AssertionError for a layer that does not run.
         """
         check_images("inputs", inputs)
-        check_at_once(projections_per_pass)
+        check_at_once("projections_per_pass", projections_per_pass)
         if inputs.numel() == 0:
             raise ValueError(f"inputs must hold images, but their shape is {tuple(inputs.shape)}.")
         if isinstance(position, str) and position != "map":
@@ -310,14 +311,18 @@ class DeconvNet:
             tiling, _ = self.tiling(inputs, capture=self._asked > KNOW_THE_FIELD)
         found = None
         if tiling is not None:
-            found = self._project_windows(inputs, channel, position)
+            many = wanted * len(inputs) >= KNOW_THE_FIELD // 2
+            found = self._project_windows(inputs, channel, position, projections_per_pass, many)
             if found is None and tiling.share <= WORTH_A_TILE:
                 found = self._project_tiles(inputs, channel, position, tiling)
         found = found or self._project_whole(inputs, channel, position, projections_per_pass)
         return Projection(*(each[0] for each in found)) if single else found
 
-    def _windowed(self, images: Tensor, again: bool = False) -> WindowedDeconvnet | None:
-        """The way down on windows, if it is known: what is captured is the model as it is, and its layers have one."""
+    def _windowed(self, images: Tensor, many: bool = False) -> WindowedDeconvnet | None:
+        """The way down on windows, if it is known: what is captured is the model as it is, and its layers have one.
+
+        many: so many projections are wanted that a model whose weights have changed is captured again.
+        """
         known = self._known(images, capture=False)
         if (
             self.overlap != "sum"
@@ -327,12 +332,20 @@ class DeconvNet:
         ):
             return None
         example = images[:1].detach()
-        network = capture(self.model, example, again=True) if again else captured(self.model, example)
-        if network is None:
-            return None
+        network = capture(self.model, example) if many else captured(self.model, example)
+        found = None if network is None else self._build_windowed(network, known.field)
+        if found is not None and not found[1].holds():
+            found = (
+                self._build_windowed(capture(self.model, example, again=True), known.field) if many else None
+            )
+        return None if found is None else found[0]
 
-        def build() -> WindowedDeconvnet | None:
+    def _build_windowed(
+        self, network: Network, field: ReceptiveField
+    ) -> tuple[WindowedDeconvnet, Snapshot] | None:
+        def build() -> tuple[WindowedDeconvnet, Snapshot] | None:
             place = network.layer_index(self.layer)
+            snapshot = Snapshot.of(self.model, network, place)
             fast = network.optimised([place])
             try:
                 found = WindowedDeconvnet(fast, next(iter(fast.kept)))
@@ -340,32 +353,28 @@ class DeconvNet:
                 return None
             # What is larger than the image is cheaper on the whole.
             spans = found.spans[0]
-            return found if spans[0].size * spans[1].size <= math.prod(known.field.image) else None
+            return (found, snapshot) if spans[0].size * spans[1].size <= math.prod(field.image) else None
 
         return network.remember(("windowed", self.layer), build)
 
-    def _project_windows(self, images: Tensor, channel: Any, position: Any) -> Projection | None:
-        """As :meth:`_project_whole`; None if there is no way down on windows, or it does not give the same."""
+    def _project_windows(
+        self, images: Tensor, channel: Any, position: Any, at_once: int | None = None, many: bool = False
+    ) -> Projection | None:
+        """As :meth:`_project_whole`; None if there is no way down on windows."""
         images = images.detach()
-        for again in (False, True):
-            windowed = self._windowed(images, again)
-            if windowed is None:
-                return None
-            output = self._backward.activations(images)
-            chosen = _Chosen.of(output, channel, position)
-            forward = windowed.forward(images)
-            own = _Chosen.of(forward.output, chosen.channels, chosen.positions)
-            if agree(own.values.flatten(), chosen.values.flatten(), output):
-                break
-            # The weights were changed unseen: once more with a new capture.
-        else:
+        windowed = self._windowed(images, many)
+        if windowed is None:
             return None
+        forward = windowed.forward(images)
+        chosen = _Chosen.of(forward.output, channel, position)
         count, size = chosen.channels.shape
         items = torch.arange(size, device=images.device).repeat(count)
         values = chosen.values.flatten()
         seeds = values if self.seed == "activation" else torch.ones_like(values)
         channels, positions = chosen.channels.flatten(), chosen.positions.flatten(0, 1)
-        pixels = windowed.project_all(forward, items, channels, positions, seeds, tuple(images.shape[2:]))
+        most = None if at_once is None else at_once * size
+        shape = tuple(images.shape[2:])
+        pixels = windowed.project_all(forward, items, channels, positions, seeds, shape, most)
         return Projection(pixels.unflatten(0, (count, size)), chosen.values, chosen.positions)
 
     def _project_whole(self, images: Tensor, channel: Any, position: Any, at_once: int | None) -> Projection:
@@ -537,13 +546,33 @@ def noise_like(images: Tensor) -> Tensor:
     return torch.randn(images.shape, generator=generator).to(images)
 
 
+class Snapshot(NamedTuple):
+    """The weights that a captured layer depends on, as they were: ``.data`` and fused optimisers change them unseen."""
+
+    tensors: list[Tensor]
+    values: list[Tensor]
+
+    @staticmethod
+    def of(model: nn.Module, network: Network, *places: int) -> Snapshot:
+        above = {name for name, index in network.names.items() if index > max(places)}
+        tensors = []
+        for name, module in model.named_modules():
+            if name not in above or next(module.children(), None) is not None:
+                tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        return Snapshot(tensors, [tensor.detach().clone() for tensor in tensors])
+
+    def holds(self) -> bool:
+        """Whether all of them are what they were."""
+        return all(map(torch.equal, self.tensors, self.values))
+
+
 def current_network(
     model: nn.Module, layers: Sequence[str], noise: Tensor, outputs: Sequence[Tensor]
 ) -> tuple[Network, list[int]]:
     """The captured model, optimised, and its layers' indexes, seen to give what the layers gave for noise.
 
-    Weights that were changed unseen (``.data``, a fused optimiser) are noticed so, and the model is captured again.
-    Raises CannotCapture where the captured layers are not the model's own.
+    Weights that were changed unseen are noticed, and the model is captured again. Raises CannotCapture where the
+    captured layers are not the model's own.
     """
     for again in (False, True):
         network = capture(model, noise, again=again)
@@ -552,13 +581,18 @@ def current_network(
         except ValueError as error:
             raise CannotCapture(str(error)) from None
         ordered = sorted(set(places))
-        fast = network.remember(("layers", *ordered), lambda n=network, o=ordered: n.optimised(o))
+
+        def build(network: Network = network, ordered: list[int] = ordered) -> tuple[Network, Snapshot]:
+            return network.optimised(ordered), Snapshot.of(model, network, *ordered)
+
+        fast, snapshot = network.remember(("layers", *ordered), build)
         new = dict(zip(ordered, sorted(fast.kept), strict=True))
         places = [new[place] for place in places]
         with torch.no_grad():
             values = fast.run(noise, places, end=max(places))[1]
         pairs = [(values[place], output) for place, output in zip(places, outputs, strict=True)]
-        if all(v.shape == o.shape and agree(v.reshape(-1), o.reshape(-1), o) for v, o in pairs):
+        same = all(v.shape == o.shape and agree(v.reshape(-1), o.reshape(-1), o) for v, o in pairs)
+        if same and snapshot.holds():
             return fast, places
     raise CannotCapture(f"What is captured for the layers {', '.join(layers)} is not what they give.")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from .activations import evaluating
-from .deconvnet import MEMORY, DeconvNet, current_network, maps_of, noise_like
+from .deconvnet import MEMORY, DeconvNet, agree, current_network, maps_of, noise_like
 from .imaging import colour_limit, denormalised, number, resized, signed_rgb, three_channels
 from .journal import digest, write_atomically
 from .network import CannotCapture
@@ -566,6 +566,12 @@ class _Layer:
             found = self.net.project_tiles(
                 patches, self.channels[r], now.positions[r, j], steps, self.example, now.values[r, j]
             )
+            expected = now.values[r, j]
+            if found is not None and not agree(found[1].to(expected), expected, expected):
+                raise RuntimeError(
+                    f"The layer {self.net.layer!r} gives other activations on parts of the images than on the whole: "
+                    "project=False leaves the projections out."
+                )
             if found is None:
                 raise RuntimeError(
                     f"The layer {self.net.layer!r} cannot run on patches of {self.tiling.size} pixels."

@@ -83,7 +83,7 @@ def truth(model, x, layer: int, channel: int, position, seed="activation", **opt
 def test_equals_the_explicit_deconvnet(name, overlap, norm_, seed):
     model, x = network(name), images()
     layers = range(2, len(model)) if name != "dense" else (2, 4, 5)
-    signs = set()
+    signs, taken = set(), set()
     for layer, position in itertools.product(layers, (None, "map", (0, 0))):
         if isinstance(model[layer], nn.LocalResponseNorm) and position == "map":
             continue
@@ -96,11 +96,23 @@ def test_equals_the_explicit_deconvnet(name, overlap, norm_, seed):
         torch.testing.assert_close(pixels / scale, expected / scale, rtol=0, atol=1e-12)
         torch.testing.assert_close(values, expected_values)
         assert torch.equal(positions, expected_positions)
-        if position != "map" and net.tiling(x)[1] is None:
-            tiled = net.project(x, 2, position)
-            torch.testing.assert_close(tiled.pixels / scale, expected / scale, rtol=0, atol=1e-12)
+        if position == "map":
+            continue
+        tiling, reason = net.tiling(x)
+        ways = {} if reason is not None else {"tiles": net._project_tiles(x, [2], position, tiling)}
+        below = list(model)[: layer + 1]
+        plain = overlap == "sum" and not any(
+            isinstance(each, (nn.LocalResponseNorm, nn.Flatten)) for each in below
+        )
+        if plain and tiling.share < 1:
+            ways["windows"] = net._project_windows(x, [2], position)
+        for way, found in ways.items():
+            assert found is not None, way
+            torch.testing.assert_close(found.pixels[0] / scale, expected / scale, rtol=0, atol=1e-12)
+            taken.add(way)
         signs.add(bool(pixels.any()))
     assert True in signs
+    assert taken == ({"tiles", "windows"} if overlap == "sum" else {"tiles"})  # each was seen to be right
 
 
 def test_the_options_matter():
@@ -148,8 +160,13 @@ def cases(draw):
         if kind == "conv":
             dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
             padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
-            layers.append(nn.Conv2d(channels, 4, kernel, stride, padding, dilation))
-            channels = 4
+            groups = draw(
+                st.sampled_from((1, 1, channels if channels == 4 else 3, 1 if channels == 3 else 2))
+            )
+            outputs = 4 if channels % groups == 0 and 4 % groups == 0 else 3
+            groups = groups if channels % groups == 0 and outputs % groups == 0 else 1
+            layers.append(nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups))
+            channels = outputs
         elif kind == "norm":
             layers.append(norm())
         else:
@@ -247,7 +264,8 @@ class Branching(nn.Module):
         self.stem, self.norm = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4)
         self.a, self.b = nn.Conv2d(4, 5, a, padding=a // 2), nn.Conv2d(4, 5, b, padding=b // 2)
         self.pool, self.residual = pool, residual
-        self.last, self.scale = nn.Conv2d(5 if residual else 10, 4, 3, padding=1, groups=1), nn.BatchNorm2d(4)
+        wide = 5 if residual else 10
+        self.last, self.scale = nn.Conv2d(wide, 2 * wide, 3, padding=1, groups=5), nn.BatchNorm2d(2 * wide)
 
     def forward(self, x):
         x = F.relu(self.norm(self.stem(x)))
@@ -352,7 +370,7 @@ def test_windows_are_put_where_they_lie():
                 assert torch.equal(found[m, :, y, x], expected)
 
 
-def test_projections_follow_weights_that_changed_unseen():
+def test_projections_follow_weights_that_changed_unseen(monkeypatch):
     torch.manual_seed(0)
     model, x = (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).eval(),
@@ -361,13 +379,44 @@ def test_projections_follow_weights_that_changed_unseen():
     net = DeconvNet(model, "3")
     net.receptive_field(x)
     net.project(x, [0, 1])
-    for _ in range(2):
+    assert net._windowed(x) is not None
+    for many in (False, True, False):
         model[0].weight.data.mul_(-2)
-        assert net._windowed(x) is not None
+        model[0].bias.data[
+            2
+        ] = -100.0  # a filter that is dead in the forward shapes the projection all the same
+        assert net._windowed(x) is None
+        monkeypatch.setattr(convviz_cuda.deconvnet, "KNOW_THE_FIELD", 4 if many else 1000)
         expected = DeconvNet(model, "3")._project_whole(x, [0, 1], None, None)
         found = net.project(x, [0, 1])
         torch.testing.assert_close(found.values, expected.values)
         torch.testing.assert_close(found.pixels, expected.pixels, rtol=1e-4, atol=1e-5)
+        assert (net._windowed(x) is not None) == many  # captured again for many
+        model[0].weight.data[2] *= 3
+        expected = DeconvNet(model, "3")._project_whole(x, [0, 1], None, None)
+        torch.testing.assert_close(net.project(x, [0, 1]).pixels, expected.pixels, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_in_float32_take_the_fast_convolutions():
+    """Turned convolutions in the library's own order, and by Winograd's way: against whole images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 224, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(224, 48, 1), nn.ReLU(), nn.Conv2d(48, 224, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(224, 224, 3, padding=1),
+    ).eval()  # fmt: skip
+    x = images(1, 48, 52).float()
+    net = DeconvNet(model, "9")
+    whole = net.project(x, list(range(12)))
+    net.receptive_field(x)
+    windowed = net._windowed(x)
+    turned = [layer for layer in windowed.transposed.values() if layer is not None]
+    assert len(turned) == 3 and any(layer.tiles is not None for layer in turned)
+    for found in (net.project(x, list(range(12))), net.project(x, list(range(12)), projections_per_pass=5)):
+        error = (found.pixels - whole.pixels).flatten(1).norm(dim=1) / whole.pixels.flatten(1).norm(dim=1)
+        assert error.max() < 1e-4
+    for layout in (x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 3)[..., : x.shape[3]]):
+        torch.testing.assert_close(net.project(layout, 3).pixels, net.project(x, 3).pixels)
 
 
 class Places(nn.Module):
@@ -505,7 +554,7 @@ def test_bad_arguments():
         net.project(torch.zeros(1, 3, 9, 9, dtype=torch.uint8), 0)
     with pytest.raises(ValueError, match="must hold images"):
         net.project(x[:0], 0)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="projections_per_pass must be an int of at least 1"):
         net.project(x, 0, projections_per_pass=0)
 
     class Three(nn.Module):

@@ -263,7 +263,14 @@ def test_experiments_leave_a_training_model_alone():
     both = [correspondence(model, x, boxes, ["3"], draws=np.int64(2)) for _ in range(2)]
     assert torch.equal(both[0].raw, both[1].raw)
     json.dumps(both[0].as_dict())
-    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    figures = [occlusion_figure(model, x[:2], None, "3", window=6) for _ in range(2)]
+    assert torch.equal(figures[0].probability, figures[1].probability)  # no dropout
+    torch.testing.assert_close(
+        figures[0].clean_probability, model.eval()(x[:2]).softmax(1).amax(1).detach(), check_dtype=False
+    )
+    model.train()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 def test_invariance_bad_arguments():

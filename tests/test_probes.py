@@ -414,3 +414,15 @@ def test_tables_by_hand():
         "| model, 1 a class | 50.0 | 25.0 |",
         "| model, 5 a class | 100.0 | 0.0 |",
     ]
+
+
+def test_transfer_takes_the_last_features_by_default():
+    model = zfnet_mini()
+    images = torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1] * 4)
+    found = transfer(model, (images, labels), [2], folds=2)
+    named = transfer(model, (images, labels), [2], layers=["relu7"], folds=2)
+    assert found.layers == ["relu7"] and torch.equal(found.accuracy, named.accuracy)
+    assert transfer(model, (images, labels), [2], layers=[model.relu7], folds=2).layers == ["relu7"]
+    with pytest.raises(ValueError, match="name the features with layers="):
+        transfer(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3)).eval(), (images, labels), [2])

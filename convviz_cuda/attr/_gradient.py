@@ -45,7 +45,7 @@ def many_gradients(
     output: Any, inputs: tuple[Tensor, ...], scores: Sequence[Callable[[Any], Tensor]], at_once: int | None
 ) -> tuple[Tensor, ...]:
     """Gradients of K scores of one output, ``(K, *input.shape)`` for each input, by batched backward passes."""
-    check_at_once(at_once)
+    check_at_once("targets_per_pass", at_once)
     if not isinstance(output, Tensor) or not scores:
         results = tuple(torch.empty((len(scores), *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
         # Of several tensors, no seed stands for all: one pass for each score.
@@ -348,12 +348,12 @@ class NeuronAttribution(GradientAttribution):
             handle.remove()
 
 
-def check_at_once(at_once: Any) -> None:
+def check_at_once(name: str, at_once: Any) -> None:
     """ValueError for a number of backward passes at once that is none."""
     if at_once is not None and (
         isinstance(at_once, bool) or not isinstance(at_once, numbers.Integral) or at_once < 1
     ):
-        raise ValueError(f"targets_per_pass must be an int of at least 1, but it is {at_once!r}.")
+        raise ValueError(f"{name} must be an int of at least 1, but it is {at_once!r}.")
 
 
 def check_module(model: Any) -> None:

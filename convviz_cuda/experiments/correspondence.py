@@ -30,13 +30,11 @@ class Correspondence(Result):
 
     parts, layers: their names; images: N; features: L, how many each layer has.
     raw: (P, L), the sum over all ordered pairs i != j of Hamming(sign eps_i, sign eps_j).
-    mean, deviation: (P, L), over the pairs, of the Hamming distance divided by the number of features; deviation is
-    the
-        unbiased standard deviation (NaN for a single pair).
+    mean, deviation: (P, L), over the pairs, of the Hamming distance divided by the number of features; the deviation
+        is the unbiased standard deviation (NaN for a single pair).
     tolerance: differences up to this part of a layer's greatest feature count as 0.
     random_raw, random_mean, random_deviation: (P, L), the same for random boxes of each part's sizes; over the pairs
-    of
-        all draws, random_raw the mean over the draws.
+        of all draws, random_raw the mean over the draws.
     """
 
     parts: list[str]

@@ -36,9 +36,8 @@ class FeatureEvolution(Result):
 
     checkpoints: names of the T; layers: names of the L; images: N.
     correlation: (T, L), how alike a feature map ranks the images as it does in the last checkpoint: the correlation
-    over
-        the images of its greatest activations, the mean over the layer's feature maps that answer in both. 1 in the
-        last.
+        over the images of its greatest activations, the mean over the layer's feature maps that answer in both. 1 in
+        the last.
     same_image: (T, L), the part of the layer's feature maps whose strongest image is that of the last checkpoint.
     strongest: T lists of L :class:`TopActivations` with k = 1.
     """

@@ -169,7 +169,7 @@ def occlusion_figure(
     """The three maps of an occlusion sweep and the projection of the feature map that is strongest on the clean image.
 
     Args:
-        model: images -> class scores (N, K).
+        model: images -> class scores (N, K); it runs in evaluation mode and is left in its own.
         image: (C, H, W) or images (B, C, H, W), float.
         target: the class, or one an image; the predicted one unless given.
         layer: the name of a layer with feature maps; the paper has the last convolutional one.
@@ -191,37 +191,40 @@ def occlusion_figure(
         stride = tuple(
             max(1, side // 4) for side in ((window, window) if isinstance(window, int) else window)
         )
-    with torch.no_grad(), evaluating(model):
-        scores, (maps,) = LayerReader(model, [net.layer])(images)
-    if maps.dim() != 4:
-        raise ValueError(
-            f"The layer {layer!r} has no feature maps: its output has the shape {tuple(maps.shape)}."
+    with evaluating(model):
+        with torch.no_grad():
+            scores, (maps,) = LayerReader(model, [net.layer])(images)
+        if maps.dim() != 4:
+            raise ValueError(
+                f"The layer {layer!r} has no feature maps: its output has the shape {tuple(maps.shape)}."
+            )
+        targets = (
+            scores.argmax(1) if target is None else torch.as_tensor(target).reshape(-1).to(scores.device)
         )
-    targets = scores.argmax(1) if target is None else torch.as_tensor(target).reshape(-1).to(scores.device)
-    if len(targets) not in (1, len(images)):
-        raise ValueError(
-            f"target must be one class or one an image ({len(images)}), but there are {len(targets)}."
+        if len(targets) not in (1, len(images)):
+            raise ValueError(
+                f"target must be one class or one an image ({len(images)}), but there are {len(targets)}."
+            )
+        targets = targets.expand(len(images))
+        sums = maps.sum((2, 3))
+        channels = sums.argmax(1)
+        sweep_options.setdefault("border", "inside")
+        sweep = occlusion_sweep(model, images, window, stride, fill=fill, progress=progress, **sweep_options)
+        found = sweep.maps(targets.tolist(), net.layer, channels.tolist())
+        return OcclusionFigure(
+            window=sweep.window,
+            stride=sweep.stride,
+            targets=targets % scores.shape[1],
+            layer=net.layer,
+            channels=channels,
+            rows=torch.as_tensor(np.asarray(sweep.spans[0])),
+            columns=torch.as_tensor(np.asarray(sweep.spans[1])),
+            probability=found.probability,
+            label=found.label,
+            activation=found.activation,
+            clean_probability=scores.softmax(1).gather(1, targets[:, None] % scores.shape[1])[:, 0],
+            clean_label=scores.argmax(1),
+            clean_activation=sums.gather(1, channels[:, None])[:, 0],
+            projection=net.project(images, channels[None], "map").pixels[0],
+            images=images.detach(),
         )
-    targets = targets.expand(len(images))
-    sums = maps.sum((2, 3))
-    channels = sums.argmax(1)
-    sweep_options.setdefault("border", "inside")
-    sweep = occlusion_sweep(model, images, window, stride, fill=fill, progress=progress, **sweep_options)
-    found = sweep.maps(targets.tolist(), net.layer, channels.tolist())
-    return OcclusionFigure(
-        window=sweep.window,
-        stride=sweep.stride,
-        targets=targets % scores.shape[1],
-        layer=net.layer,
-        channels=channels,
-        rows=torch.as_tensor(np.asarray(sweep.spans[0])),
-        columns=torch.as_tensor(np.asarray(sweep.spans[1])),
-        probability=found.probability,
-        label=found.label,
-        activation=found.activation,
-        clean_probability=scores.softmax(1).gather(1, targets[:, None] % scores.shape[1])[:, 0],
-        clean_label=scores.argmax(1),
-        clean_activation=sums.gather(1, channels[:, None])[:, 0],
-        projection=net.project(images, channels[None], "map").pixels[0],
-        images=images.detach(),
-    )

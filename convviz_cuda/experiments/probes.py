@@ -298,7 +298,7 @@ def transfer(
     classes: Data,
     shots: Sequence[int],
     *,
-    layers: Sequence[str],
+    layers: Sequence[nn.Module | str] | None = None,
     baseline: nn.Module | None = None,
     test: Data | None = None,
     folds: int = 5,
@@ -315,7 +315,8 @@ def transfer(
     that were not drawn, or all of ``test``. The models run in eval mode and are left in their own.
 
     Args:
-        model: the network.  layers: names of its layers.
+        model: the network.
+        layers: its layers, or their names; the last one below its last linear layer unless given.
         classes: images and labels of classes that the network was not trained on: (images (N, ...), int labels (N,))
             or a map-style ``Dataset`` of (image, label); it is read whole.
         shots: training images per class.
@@ -328,7 +329,7 @@ def transfer(
     ``test`` is None).
     """
     _import_sklearn()
-    names = LayerReader(model, layers).names
+    names = LayerReader(model, [_last_features(model)] if layers is None else layers).names
     models = {"model": model}
     if baseline is not None:
         LayerReader(baseline, names)
@@ -425,6 +426,16 @@ def _accuracies(
 
 
 # -- draws
+
+
+def _last_features(model: nn.Module) -> str:
+    """The layer below the last linear one."""
+    leaves = [(name, m) for name, m in model.named_modules() if next(m.children(), None) is None]
+    linear = [place for place, (_, module) in enumerate(leaves) if isinstance(module, nn.Linear)]
+    below = [name for name, m in leaves[: linear[-1]] if not isinstance(m, nn.Dropout)] if linear else []
+    if not below:
+        raise ValueError("The model has no linear layer on top of others: name the features with layers=.")
+    return below[-1]
 
 
 def _draw(labels: np.ndarray, seed: int, fold: int, size: int) -> np.ndarray:
