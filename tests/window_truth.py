@@ -181,6 +181,7 @@ def window_mean_truth(scores, *, size, window, stride) -> Band:
     (wh, ww), (sh, sw) = two(window), two(stride)
     values = scores.double().numpy()
     out = np.zeros((len(scores), *size))
+    mass = np.zeros_like(out)  # of what is summed: where it cancels, its rounding is left
     for y, x in np.ndindex(*size):
         covering = [
             values[:, r, q]
@@ -191,5 +192,6 @@ def window_mean_truth(scores, *, size, window, stride) -> Band:
         if covering:
             with np.errstate(all="ignore"):
                 out[:, y, x] = np.mean(covering, 0)
+                mass[:, y, x] = np.mean(np.abs(covering), 0)
     # Summed in float64, so nothing but the storing is left, and the last bit of float64.
-    return banded(out, np.abs(out) * np.finfo(float).eps / np.finfo(np.float32).eps, 100, scores.dtype)
+    return banded(out, mass * np.finfo(float).eps / np.finfo(np.float32).eps, 100, scores.dtype)
