@@ -181,7 +181,9 @@ def window_mean_truth(scores, *, size, window, stride) -> Band:
     (wh, ww), (sh, sw) = two(window), two(stride)
     values = scores.double().numpy()
     out = np.zeros((len(scores), *size))
-    mass = np.zeros_like(out)  # of what is summed: where it cancels, its rounding is left
+    # Of what is summed, by running sums too: where it cancels, its rounding is left.
+    finite = np.where(np.isfinite(values), np.abs(values), 0.0)
+    mass = np.broadcast_to(finite.sum((1, 2))[:, None, None], out.shape)
     for y, x in np.ndindex(*size):
         covering = [
             values[:, r, q]
@@ -192,6 +194,6 @@ def window_mean_truth(scores, *, size, window, stride) -> Band:
         if covering:
             with np.errstate(all="ignore"):
                 out[:, y, x] = np.mean(covering, 0)
-                mass[:, y, x] = np.mean(np.abs(covering), 0)
-    # Summed in float64, so nothing but the storing is left, and the last bit of float64.
-    return banded(out, mass * np.finfo(float).eps / np.finfo(np.float32).eps, 100, scores.dtype)
+    # Summed in float64: of the other dtypes little but the storing is left.
+    share = 1.0 if scores.dtype == F64 else np.finfo(float).eps / np.finfo(np.float32).eps
+    return banded(out, mass * share, 10, scores.dtype)
