@@ -261,8 +261,9 @@ class Branching(nn.Module):
     def __init__(self, widths, pool, residual):
         super().__init__()
         a, b = widths
-        self.stem, self.norm = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4)
-        self.a, self.b = nn.Conv2d(4, 5, a, padding=a // 2), nn.Conv2d(4, 5, b, padding=b // 2)
+        # More than the few channels that have a kernel of their own.
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
+        self.a, self.b = nn.Conv2d(6, 5, a, padding=a // 2), nn.Conv2d(6, 5, b, padding=b // 2)
         self.pool, self.residual = pool, residual
         wide = 5 if residual else 10
         self.last, self.scale = nn.Conv2d(wide, 2 * wide, 3, padding=1, groups=5), nn.BatchNorm2d(2 * wide)
