@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,31 +21,15 @@ from torch import Tensor
 from . import ops
 from ._layers import Axis, Layer
 from .checks import pooled_shape
-from .network import CannotCapture, Network
-from .reference import DECONVNET, IDENTITY, channels_last, conv2d_input_grad
+from .network import CannotCapture, Field, Network
+from .nodes import conv2d_data_gradient
+from .reference import DECONVNET, IDENTITY
+from .tiles import placed
 
 RELU = (0.0, math.inf)
 # Bytes of the largest layer's windows in one pass: on a CPU few enough for its cache.
 PASS = {"cpu": 1 << 25, "cuda": 1 << 28}
-
-
-class Span(NamedTuple):
-    """A window on one axis: from ``position * stride + offset`` on, ``size`` of them."""
-
-    stride: int
-    offset: int
-    size: int
-
-    def below(self, axis: Axis) -> Span:
-        """What a layer with this window reads of its input."""
-        return Span(
-            self.stride * axis.stride,
-            self.offset * axis.stride - axis.padding,
-            (self.size - 1) * axis.stride + axis.reach,
-        )
-
-    def start(self, position: Tensor) -> Tensor:
-        return position * self.stride + self.offset
+Fields = tuple[Field, Field]  # of a layer's map, seen from the target layer's positions: vertical, horizontal
 
 
 @dataclass
@@ -75,10 +59,10 @@ class WindowedDeconvnet:
         self.ceil: dict[int, bool] = {}
         for index in self.needed:
             self._check(index, network.layers[index])
-        self.spans = self._spans()
+        self.fields = self._all_fields()
         self.transposed = {i: _transposed_layer(network.layers[i]) for i in self.needed}
         shapes = [
-            network.layers[i].channels * math.prod(axis.size for axis in self.spans[i]) for i in self.needed
+            network.layers[i].channels * math.prod(axis.size for axis in self.fields[i]) for i in self.needed
         ]
         self.largest = max(shapes)  # elements of one projection
 
@@ -102,20 +86,20 @@ class WindowedDeconvnet:
         if not simple or not one or layer.axes != (2, 3) or any(b not in (None, RELU) for b in bounds):
             raise CannotCapture(f"The layer {layer.name!r} has no way down on windows.")
 
-    def _spans(self) -> dict[int, tuple[Span, Span]]:
+    def _all_fields(self) -> dict[int, Fields]:
         """Each layer's window, around those that its readers read."""
-        asked: dict[int, list[tuple[Span, Span]]] = {self.place: [(Span(1, 0, 1),) * 2]}
-        spans = {}
+        asked: dict[int, list[Fields]] = {self.place: [(Field(0, 1, 1),) * 2]}
+        fields = {}
         for index in reversed(self.needed):
             layer = self.network.layers[index]
-            spans[index] = tuple(_hull([pair[axis] for pair in asked[index]]) for axis in (0, 1))
+            fields[index] = tuple(Field.hull([pair[axis] for pair in asked[index]]) for axis in (0, 1))
             for source in layer.inputs:
-                asked.setdefault(source, []).append(self._source(index, spans))
-        return spans
+                asked.setdefault(source, []).append(self._source(index, fields))
+        return fields
 
-    def _source(self, index: int, spans: Any) -> tuple[Span, Span]:
+    def _source(self, index: int, fields: Any) -> Fields:
         windows = self.network.layers[index].windows or (Axis(), Axis())
-        return tuple(span.below(axis) for span, axis in zip(spans[index], windows, strict=True))
+        return tuple(field.below(axis) for field, axis in zip(fields[index], windows, strict=True))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Forward:
@@ -178,27 +162,25 @@ class WindowedDeconvnet:
         signal = torch.zeros(len(items), target.channels, 1, 1, dtype=seeds.dtype, device=seeds.device)
         signal = signal.contiguous(memory_format=torch.channels_last)
         signal[torch.arange(len(items), device=items.device), channels, 0, 0] = seeds
-        parts: dict[int, list[tuple[tuple[Span, Span], Tensor]]] = {
-            self.place: [(self.spans[self.place], signal)]
-        }
+        parts: dict[int, list[tuple[Fields, Tensor]]] = {self.place: [(self.fields[self.place], signal)]}
         gated: set[int] = set()
         for index in reversed(self.needed):
-            layer, spans = self.network.layers[index], self.spans[index]
-            signal = _merged(spans, parts.pop(index))
+            layer, fields = self.network.layers[index], self.fields[index]
+            signal = _merged(fields, parts.pop(index))
             outside = any(
-                span.start(low) < 0 or span.start(high) + span.size > size
-                for span, low, high, size in zip(spans, lows, highs, forward.sizes[index], strict=True)
+                field.start(low) < 0 or field.start(high) + field.size > size
+                for field, low, high, size in zip(fields, lows, highs, forward.sizes[index], strict=True)
             )
             if outside:
-                signal.masked_fill_(self._outside(spans, positions, forward.sizes[index]), 0.0)
+                signal.masked_fill_(self._outside(fields, positions, forward.sizes[index]), 0.0)
             if index == 0:
                 break
             rectified = layer.activation == RELU or layer.args[:2] == ("clamp", RELU)
             if rectified and index not in gated:
                 signal = signal.clamp_(min=0)
             for source, below in self._down(index, layer, signal, forward, items, positions, gated):
-                parts.setdefault(source, []).append((self._source(index, self.spans), below))
-        starts = torch.stack([span.start(positions[:, axis]) for axis, span in enumerate(spans)], 1)
+                parts.setdefault(source, []).append((self._source(index, self.fields), below))
+        starts = torch.stack([field.start(positions[:, axis]) for axis, field in enumerate(fields)], 1)
         return signal, starts
 
     def _down(
@@ -227,8 +209,8 @@ class WindowedDeconvnet:
         elif layer.kind == "max_pool":
             if alone:
                 gated.add(source)
-            switches = _windows(forward.switches[index], items, positions, self.spans[index])
-            size = [span.size for span in self._source(index, self.spans)]
+            switches = _windows(forward.switches[index], items, positions, self.fields[index])
+            size = [field.size for field in self._source(index, self.fields)]
             kernel, stride, _, dilation = _geometry(layer)
             rule = DECONVNET if alone else IDENTITY
             yield (
@@ -248,56 +230,23 @@ class WindowedDeconvnet:
             yield layer.inputs[0], signal
 
     @staticmethod
-    def _outside(spans: tuple[Span, Span], positions: Tensor, size: torch.Size) -> Tensor:
+    def _outside(fields: Fields, positions: Tensor, size: torch.Size) -> Tensor:
         """Where windows (M, 1, h, w) leave the map: there is padding, which is no pixel."""
         masks = []
-        for axis, (span, count) in enumerate(zip(spans, size, strict=True)):
-            place = span.start(positions[:, axis])[:, None] + torch.arange(span.size, device=positions.device)
+        for axis, (field, count) in enumerate(zip(fields, size, strict=True)):
+            place = field.start(positions[:, axis])[:, None] + torch.arange(
+                field.size, device=positions.device
+            )
             masks.append((place < 0) | (place >= count))
         return (masks[0][:, :, None] | masks[1][:, None, :])[:, None]
 
 
-def placed(windows: Tensor, starts: Tensor, size: tuple[int, int]) -> Tensor:
-    """Windows (M, C, h, w) in images (M, C, *size) of zeros, cut off where they leave them."""
-    images = torch.zeros(len(windows), windows.shape[1], *size, dtype=windows.dtype, device=windows.device)
-    if windows.device.type == "cpu":
-        height, width = windows.shape[2:]
-        for image, window, (top, left) in zip(images, windows, starts.tolist(), strict=True):
-            y0, x0 = max(top, 0), max(left, 0)
-            # A position may see nothing but padding.
-            y1, x1 = max(min(top + height, size[0]), y0), max(min(left + width, size[1]), x0)
-            image[:, y0:y1, x0:x1] = window[:, y0 - top : y1 - top, x0 - left : x1 - left]
-        return images
-    return placed_by_gathering(windows, starts, size)
-
-
-def placed_by_gathering(windows: Tensor, starts: Tensor, size: tuple[int, int]) -> Tensor:
-    """:func:`placed` without a loop: each pixel reads what lies there."""
-    inside, places = [], []
-    for axis, count in enumerate(size):
-        place = torch.arange(count, device=windows.device) - starts[:, axis, None]
-        inside.append((place >= 0) & (place < windows.shape[2 + axis]))
-        places.append(place.clamp(0, windows.shape[2 + axis] - 1))
-    every = torch.arange(len(windows), device=windows.device)[:, None, None]
-    pixels = windows.permute(0, 2, 3, 1)[every, places[0][:, :, None], places[1][:, None, :]].permute(
-        0, 3, 1, 2
-    )
-    return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], pixels, 0).contiguous()
-
-
-def _hull(spans: list[Span]) -> Span:
-    if len({span.stride for span in spans}) > 1:
-        raise CannotCapture("Branches of different strides meet: they have no common windows.")
-    first = min(span.offset for span in spans)
-    return Span(spans[0].stride, first, max(span.offset + span.size for span in spans) - first)
-
-
-def _merged(spans: tuple[Span, Span], parts: list[tuple[tuple[Span, Span], Tensor]]) -> Tensor:
+def _merged(fields: Fields, parts: list[tuple[Fields, Tensor]]) -> Tensor:
     """The sum of signals on windows that lie in one window."""
     if len(parts) == 1:
         return parts[0][1]
-    size = [span.size for span in spans]
-    whole = next((tensor for own, tensor in parts if own == spans), None)
+    size = [field.size for field in fields]
+    whole = next((tensor for own, tensor in parts if own == fields), None)
     if whole is None:
         shape = (*parts[0][1].shape[:2], *size)
         whole = torch.zeros(shape, dtype=parts[0][1].dtype, device=parts[0][1].device)
@@ -306,7 +255,7 @@ def _merged(spans: tuple[Span, Span], parts: list[tuple[tuple[Span, Span], Tenso
         if tensor is not whole:
             rows, columns = (
                 slice(inner.offset - outer.offset, inner.offset - outer.offset + inner.size)
-                for inner, outer in zip(own, spans, strict=True)
+                for inner, outer in zip(own, fields, strict=True)
             )
             whole[:, :, rows, columns] += tensor
     return whole
@@ -319,13 +268,13 @@ def _geometry(layer: Layer) -> tuple[list[int], ...]:
     return tuple([getattr(axis, name) for axis in layer.windows] for name in names)
 
 
-def _windows(maps: Tensor, items: Tensor, positions: Tensor, spans: tuple[Span, Span]) -> Tensor:
+def _windows(maps: Tensor, items: Tensor, positions: Tensor, fields: Fields) -> Tensor:
     """Windows (M, C, h, w) of maps (N, C, H, W); beyond the border the border's, where signals are 0."""
     rows, columns = (
-        (span.start(positions[:, axis])[:, None] + torch.arange(span.size, device=maps.device)).clamp(
+        (field.start(positions[:, axis])[:, None] + torch.arange(field.size, device=maps.device)).clamp(
             0, maps.shape[2 + axis] - 1
         )
-        for axis, span in enumerate(spans)
+        for axis, field in enumerate(fields)
     )
     pixels = maps.permute(0, 2, 3, 1)[items[:, None, None], rows[:, :, None], columns[:, None, :]]
     return pixels.permute(0, 3, 1, 2)
@@ -355,7 +304,4 @@ def _transposed(layer: Layer, signal: Tensor) -> Tensor:
     size = [axis.extent(n) for axis, n in zip(layer.windows, signal.shape[2:], strict=True)]
     _, stride, _, dilation = _geometry(layer)
     signal = signal.contiguous(memory_format=torch.channels_last)
-    few = signal.device.type == "cpu" and signal.dtype == torch.float32 and channels_last(signal)
-    if layer.groups == 1 and few and weight.shape[1] <= ops.FEW_CHANNELS:
-        return ops.conv2d_input_grad_op(signal, weight, size, stride, [0, 0], dilation)
-    return conv2d_input_grad(signal, weight, size, stride, [0, 0], dilation, layer.groups)
+    return conv2d_data_gradient(signal, weight, size, stride, [0, 0], dilation, layer.groups)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._choices import Chosen, maps_of
+from ._current import agree, current_network, noise_like, optimised_layers
 from ._windowed import WindowedDeconvnet
 from .attr._gradient import (
     EXAMPLES_PER_PASS,
@@ -28,18 +29,9 @@ from .attr._gradient import (
     seeded_gradients,
 )
 from .checks import check_images
-from .network import (
-    CannotCapture,
-    Network,
-    ReceptiveField,
-    capture,
-    captured,
-    geometry_key,
-    receptive_field,
-    rows_agree,
-)
+from .network import CannotCapture, ReceptiveField, capture, captured, geometry_key, receptive_field
 from .rules import NORMS, OVERLAPS, backward_rule
-from .tiles import Tiling
+from .tiles import Tiling, placed
 
 if TYPE_CHECKING:
     from .top_activations import TopActivations
@@ -194,16 +186,16 @@ class DeconvNet:
             return Tiling.whole(*images.shape[2:]), "The receptive field is not known."
         return found.tiling, found.reason
 
-    def forget(self, images: Tensor, why: str | None = None) -> tuple[Tiling, str]:
+    def forget(self, images: Tensor, why: str | None = None) -> None:
         """Take whole images from now on; by default because the model does not treat all positions alike."""
-        why = why or f"The layer {self.layer!r} does not see parts of an image as it sees the whole."
-        whole = Tiling.whole(*images.shape[2:])
-        known = self._fields.get(self._backward._size(images))
+        size = self._backward._size(images)
+        known, why = self._fields.get(size), why or self._no_parts()
         field = why if known is None else known.field
-        self._fields[self._backward._size(images)] = _Known(
-            geometry_key(self.model, images), field, whole, why
-        )
-        return whole, why
+        whole = Tiling.whole(*images.shape[2:])
+        self._fields[size] = _Known(geometry_key(self.model, images), field, whole, why)
+
+    def _no_parts(self) -> str:
+        return f"The layer {self.layer!r} does not see parts of an image as it sees the whole."
 
     def field_or_whole(self, images: Tensor) -> ReceptiveField:
         """The receptive field if it is known, or the whole image."""
@@ -244,8 +236,7 @@ class DeconvNet:
         except (CannotCapture, ValueError) as error:
             return _Known(key, str(error), whole, str(error))
         if not self._holds(tiling, noise, output):
-            why = f"The layer {self.layer!r} does not see parts of an image as it sees the whole."
-            return _Known(key, field, whole, why)
+            return _Known(key, field, whole, self._no_parts())
         return _Known(key, field, tiling, None)
 
     def _holds(self, tiling: Tiling, images: Tensor, output: Tensor) -> bool:
@@ -318,7 +309,7 @@ class DeconvNet:
         found = found or self._project_whole(inputs, channel, position, projections_per_pass)
         return Projection(*(each[0] for each in found)) if single else found
 
-    def _windowed(self, images: Tensor, many: bool = False) -> WindowedDeconvnet | None:
+    def windowed(self, images: Tensor, many: bool = False) -> WindowedDeconvnet | None:
         """The way down on windows, if it is known: what is captured is the model as it is, and its layers have one.
 
         many: so many projections are wanted that a model whose weights have changed is captured again.
@@ -331,42 +322,38 @@ class DeconvNet:
             or known.field.vertical is None
         ):
             return None
-        example = images[:1].detach()
+        example, field = images[:1].detach(), known.field
         network = capture(self.model, example) if many else captured(self.model, example)
-        found = None if network is None else self._build_windowed(network, known.field)
-        if found is not None and not found[1].holds():
-            found = (
-                self._build_windowed(capture(self.model, example, again=True), known.field) if many else None
-            )
-        return None if found is None else found[0]
+        if network is None:
+            return None
+        fast, (place,), snapshot = optimised_layers(self.model, network, [network.layer_index(self.layer)])
+        if not snapshot.holds():
+            if not many:
+                return None
+            network = capture(self.model, example, again=True)
+            fast, (place,), _ = optimised_layers(self.model, network, [network.layer_index(self.layer)])
 
-    def _build_windowed(
-        self, network: Network, field: ReceptiveField
-    ) -> tuple[WindowedDeconvnet, Snapshot] | None:
-        def build() -> tuple[WindowedDeconvnet, Snapshot] | None:
-            place = network.layer_index(self.layer)
-            snapshot = Snapshot.of(self.model, network, place)
-            fast = network.optimised([place])
+        def build() -> WindowedDeconvnet | None:
             try:
-                found = WindowedDeconvnet(fast, next(iter(fast.kept)))
+                found = WindowedDeconvnet(fast, place)
             except CannotCapture:
                 return None
             # What is larger than the image is cheaper on the whole.
-            spans = found.spans[0]
-            return (found, snapshot) if spans[0].size * spans[1].size <= math.prod(field.image) else None
+            vertical, horizontal = found.fields[0]
+            return found if vertical.size * horizontal.size <= math.prod(field.image) else None
 
-        return network.remember(("windowed", self.layer), build)
+        return fast.remember("windowed", build)
 
     def _project_windows(
         self, images: Tensor, channel: Any, position: Any, at_once: int | None = None, many: bool = False
     ) -> Projection | None:
         """As :meth:`_project_whole`; None if there is no way down on windows."""
         images = images.detach()
-        windowed = self._windowed(images, many)
+        windowed = self.windowed(images, many)
         if windowed is None:
             return None
         forward = windowed.forward(images)
-        chosen = _Chosen.of(forward.output, channel, position)
+        chosen = Chosen.of(forward.output, channel, position)
         count, size = chosen.channels.shape
         items = torch.arange(size, device=images.device).repeat(count)
         values = chosen.values.flatten()
@@ -379,7 +366,7 @@ class DeconvNet:
 
     def _project_whole(self, images: Tensor, channel: Any, position: Any, at_once: int | None) -> Projection:
         def choose(output: Tensor) -> tuple[Any, ...]:
-            chosen = _Chosen.of(output, channel, position)
+            chosen = Chosen.of(output, channel, position)
 
             def seeds(start: int, stop: int) -> Tensor:
                 return chosen.seeds(output, self.seed, start, stop)
@@ -393,24 +380,22 @@ class DeconvNet:
         self, images: Tensor, channel: Any, position: Any, tiling: Tiling
     ) -> Projection | None:
         """As :meth:`_project_whole`; None if the tiles do not give the same activations."""
-        output = self._backward.activations(images)
-        chosen = _Chosen.of(output, channel, position)
+        images = images.detach()
+        chosen = Chosen.of(self._backward.activations(images), channel, position)
         self._backward.same_runs(images[..., : tiling.size[0], : tiling.size[1]], images)
         count, size = chosen.channels.shape
         steps = tiling.steps(chosen.positions).flatten(0, 1)
         items = torch.arange(size, device=images.device).repeat(count)
-        pixels = torch.zeros(count * size, *images.shape[1:], dtype=images.dtype, device=images.device)
         channels, positions = chosen.channels.flatten(), chosen.positions.flatten(0, 1)
-        at_once = self.tiles_per_pass(tiling)
-        for start in range(0, len(items), at_once):
-            part = slice(start, start + at_once)
-            tiles = tiling.cut(images.detach(), items[part], steps[part])
-            found = self.project_tiles(tiles, channels[part], positions[part], steps[part])
-            if found is None or not agree(found[1], chosen.values.flatten()[part], output):
+        values, pixels = chosen.values.flatten(), []
+        for part in torch.arange(len(items), device=images.device).split(self.tiles_per_pass(tiling)):
+            tiles = tiling.cut(images, items[part], steps[part])
+            found = self.project_tiles(tiles, channels[part], positions[part], steps[part], values[part])
+            if found is None:
                 self.forget(images)
                 return None
-            tiling.paste(found[0], steps[part], pixels[part])
-        return Projection(pixels.unflatten(0, (count, size)), chosen.values, chosen.positions)
+            pixels.append(placed(found, tiling.origins(steps[part]), tuple(images.shape[2:])))
+        return Projection(torch.cat(pixels).unflatten(0, (count, size)), chosen.values, chosen.positions)
 
     @staticmethod
     def tiles_per_pass(tiling: Tiling) -> int:
@@ -423,36 +408,35 @@ class DeconvNet:
         channels: Tensor,
         positions: Tensor,
         steps: Tensor,
-        example: Tensor | None = None,
-        values: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Projections (M, C, h, w) on tiles (M, C, h, w) and the activations (M,); None if the model cannot run there.
+        values: Tensor,
+        windowed: WindowedDeconvnet | None = None,
+    ) -> Tensor | None:
+        """Projections (M, C, h, w) on tiles (M, C, h, w); None if the model does not give these activations there.
 
-        channels (M,); positions (M, 2) in the whole image's map; steps (M, 2), where the tiles lie. With a whole image
-        and the activations that there should be, by windows where that is known and gives them.
+        channels (M,); positions (M, 2) in the whole image's map; steps (M, 2), where the tiles lie; values (M,), the
+        activations on the whole images.  windowed: goes down on windows, if it gives the activations.
         """
         places = positions - steps
-        windowed = self._windowed(example) if example is not None and values is not None else None
         if windowed is not None:
             forward = windowed.forward(tiles)
-            own = _Chosen.of(forward.output, channels[None], places[None]).values[0]
-            if agree(own, values.to(own), forward.output):
-                seeds = values.to(own) if self.seed == "activation" else torch.ones_like(own)
+            chosen = Chosen.of(forward.output, channels[None], places[None])
+            if agree(chosen.values[0], values.to(chosen.values), forward.output):
+                seeds = chosen.values[0] if self.seed == "activation" else torch.ones_like(chosen.values[0])
                 every = torch.arange(len(tiles), device=tiles.device)
-                size = tuple(tiles.shape[2:])
-                return windowed.project_all(forward, every, channels, places, seeds, size), own
+                return windowed.project_all(forward, every, channels, places, seeds, tuple(tiles.shape[2:]))
 
         def choose(output: Tensor) -> tuple[Any, ...]:
-            chosen = _Chosen.of(output, channels[None], places[None])
-            return lambda start, stop: chosen.seeds(output, self.seed, start, stop), 1, chosen.values
+            chosen = Chosen.of(output, channels[None], places[None])
+            same = agree(chosen.values[0], values.to(chosen.values), output)
+            return lambda start, stop: chosen.seeds(output, self.seed, start, stop), 1, same
 
         try:
-            pixels, (found,) = self._backward.project(tiles, choose, 1)
+            pixels, (same,) = self._backward.project(tiles, choose, 1)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError):  # made for one size of image
             return None
-        return pixels[0], found[0]
+        return pixels[0] if same else None
 
     # -- over a data set
 
@@ -498,183 +482,3 @@ class DeconvNet:
             [self], dataset, channels, k, project=project, preprocess=preprocess, batch_size=batch_size,
             memory_limit=memory_limit, state=state, progress=progress,
         )[0]  # fmt: skip
-
-
-class _Chosen(NamedTuple):
-    """Activations of a layer's output: channels (K, N), positions (K, N, 2), values (K, N), whether whole maps."""
-
-    channels: Tensor
-    positions: Tensor
-    values: Tensor
-    maps: bool
-
-    @staticmethod
-    def of(output: Any, channel: Any, position: Any) -> _Chosen:
-        flat = maps_of(output).detach()
-        images, _, height, width = flat.shape
-        chosen = _channels(channel, flat)
-        values = flat[torch.arange(images, device=flat.device), chosen].flatten(2)  # (K, N, positions)
-        if isinstance(position, str):
-            nowhere = torch.full((*chosen.shape, 2), -1, dtype=torch.long, device=flat.device)
-            return _Chosen(chosen, nowhere, values.sum(2), True)
-        if position is None:
-            place = values.argmax(2)
-            where = torch.stack([torch.div(place, width, rounding_mode="floor"), place % width], -1)
-        else:
-            where = _positions(position, chosen.shape, (height, width), flat.device)
-            place = where[..., 0] * width + where[..., 1]
-        return _Chosen(chosen, where, values.gather(2, place[..., None])[..., 0], False)
-
-    def seeds(self, output: Tensor, seed: str, start: int, stop: int) -> Tensor:
-        """The signals at the layer (K, N, ...) of the choices from ``start`` to ``stop``."""
-        flat = maps_of(output.detach())
-        signals = torch.zeros(stop - start, *flat.shape, dtype=flat.dtype, device=flat.device)
-        each = torch.arange(stop - start, device=flat.device)[:, None]
-        images = torch.arange(flat.shape[0], device=flat.device)
-        channels, positions = self.channels[start:stop], self.positions[start:stop]
-        if self.maps:
-            signals[each, images, channels] = flat[images, channels] if seed == "activation" else 1.0
-        else:
-            values = self.values[start:stop] if seed == "activation" else torch.ones((), dtype=flat.dtype)
-            signals[each, images, channels, positions[..., 0], positions[..., 1]] = values.to(flat)
-        return signals.reshape(stop - start, *output.shape)
-
-
-def noise_like(images: Tensor) -> Tensor:
-    """Seeded noise in the images' place: what differs on a photograph's flat parts is seen on it."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(images.shape, generator=generator).to(images)
-
-
-class Snapshot(NamedTuple):
-    """The weights that a captured layer depends on, as they were: ``.data`` and fused optimisers change them unseen."""
-
-    tensors: list[Tensor]
-    values: list[Tensor]
-
-    @staticmethod
-    def of(model: nn.Module, network: Network, *places: int) -> Snapshot:
-        above = {name for name, index in network.names.items() if index > max(places)}
-        tensors = []
-        for name, module in model.named_modules():
-            if name not in above or next(module.children(), None) is not None:
-                tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        return Snapshot(tensors, [tensor.detach().clone() for tensor in tensors])
-
-    def holds(self) -> bool:
-        """Whether all of them are what they were."""
-        return all(map(torch.equal, self.tensors, self.values))
-
-
-def current_network(
-    model: nn.Module, layers: Sequence[str], noise: Tensor, outputs: Sequence[Tensor]
-) -> tuple[Network, list[int]]:
-    """The captured model, optimised, and its layers' indexes, seen to give what the layers gave for noise.
-
-    Weights that were changed unseen are noticed, and the model is captured again. Raises CannotCapture where the
-    captured layers are not the model's own.
-    """
-    for again in (False, True):
-        network = capture(model, noise, again=again)
-        try:
-            places = [network.layer_index(layer) for layer in layers]
-        except ValueError as error:
-            raise CannotCapture(str(error)) from None
-        ordered = sorted(set(places))
-
-        def build(network: Network = network, ordered: list[int] = ordered) -> tuple[Network, Snapshot]:
-            return network.optimised(ordered), Snapshot.of(model, network, *ordered)
-
-        fast, snapshot = network.remember(("layers", *ordered), build)
-        new = dict(zip(ordered, sorted(fast.kept), strict=True))
-        places = [new[place] for place in places]
-        with torch.no_grad():
-            values = fast.run(noise, places, end=max(places))[1]
-        pairs = [(values[place], output) for place, output in zip(places, outputs, strict=True)]
-        same = all(v.shape == o.shape and agree(v.reshape(-1), o.reshape(-1), o) for v, o in pairs)
-        if same and snapshot.holds():
-            return fast, places
-    raise CannotCapture(f"What is captured for the layers {', '.join(layers)} is not what they give.")
-
-
-def agree(found: Tensor, expected: Tensor, output: Tensor) -> bool:
-    """Whether activations (M,) are the same but for rounding, as measured by the largest of the layer's output."""
-    if found.dtype != expected.dtype:
-        return False
-    scale = output.detach().abs().amax().reshape(1)
-    return rows_agree(torch.cat([found, scale]), torch.cat([expected, scale]))
-
-
-def maps_of(output: Any) -> Tensor:
-    """A layer's output as (N, C, h, w); ValueError for one that has neither positions on two axes nor none."""
-    if not isinstance(output, Tensor) or output.dim() not in (2, 4):
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"The layer's output must have the shape (N, C, h, w) or (N, C), but it is {shape}.")
-    return output if output.dim() == 4 else output[..., None, None]
-
-
-def _channels(channel: Any, flat: Tensor) -> Tensor:
-    """(K, N) int64, none of them negative."""
-    images, count = flat.shape[:2]
-    if channel is None:
-        return flat.flatten(2).amax(2).argmax(1)[None]
-    chosen = _integers("channel", channel).to(flat.device)
-    if chosen.dim() < 2:
-        chosen = chosen.reshape(-1, 1).expand(-1, images)
-    if chosen.dim() != 2 or chosen.shape[1] != images:
-        raise ValueError(
-            f"channel must be an int, K ints or a tensor (K, {images}), but its shape is {tuple(chosen.shape)}."
-        )
-    _check_range("channel", chosen, count)
-    return chosen % count
-
-
-def _positions(position: Any, shape: Sequence[int], size: tuple[int, int], device: torch.device) -> Tensor:
-    """(K, N, 2) int64, none of them negative."""
-    found = _integers("position", position).to(device)
-    if found.dim() == 2:
-        found = found[:, None]  # K positions, the same in each image
-    try:
-        found = found.expand(*shape, 2)
-    except RuntimeError:
-        raise ValueError(
-            f"position must be (row, column), K of these or a tensor that broadcasts to {(*shape, 2)}, "
-            f"but its shape is {tuple(found.shape)}."
-        ) from None
-    for axis, name in enumerate(("row", "column")):
-        _check_range(name, found[..., axis], size[axis])
-    return found % torch.tensor(size, device=device)
-
-
-def _integers(name: str, value: Any) -> Tensor:
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if not isinstance(value, Tensor):
-        flat = list(_flattened(value))
-        if not flat or any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in flat):
-            raise TypeError(f"{name} must hold ints, but it is {value!r}.")
-        try:
-            value = torch.tensor(np.array(value, dtype=np.int64))
-        except ValueError:
-            raise ValueError(
-                f"{name} must have equally many ints in each entry, but it is {value!r}."
-            ) from None
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must hold ints, but its dtype is {value.dtype}.")
-    if value.numel() == 0:
-        raise ValueError(f"{name} must name at least one, but its shape is {tuple(value.shape)}.")
-    return value.long()
-
-
-def _flattened(value: Any) -> Any:
-    if isinstance(value, tuple | list | range):
-        for each in value:
-            yield from _flattened(each)
-    else:
-        yield value
-
-
-def _check_range(name: str, values: Tensor, count: int) -> None:
-    outside = values[(values < -count) | (values >= count)]
-    if outside.numel():
-        raise IndexError(f"{name} {int(outside[0])} is out of range: the layer has {count}, counted from 0.")

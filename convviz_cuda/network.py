@@ -52,16 +52,30 @@ class Field:
             self.stride * axis.stride,
         )
 
+    def below(self, axis: Axis) -> Field:
+        """What a layer with this window reads of its input, where this is what is read of its output."""
+        return Field(
+            self.offset * axis.stride - axis.padding,
+            (self.size - 1) * axis.stride + axis.reach,
+            self.stride * axis.stride,
+        )
+
+    def start(self, position: Any) -> Any:
+        """The first of what a position sees; it may lie outside."""
+        return position * self.stride + self.offset
+
     @staticmethod
     def hull(fields: Sequence[Field]) -> Field:
-        """What branches see together that meet position by position."""
+        """What branches see together that meet position by position; CannotCapture where their strides differ."""
+        if len({field.stride for field in fields}) > 1:
+            raise CannotCapture("Branches of different strides meet: their positions are no one grid.")
         first = min(field.offset for field in fields)
         last = max(field.offset + field.size for field in fields)
         return Field(first, last - first, fields[0].stride)
 
     def span(self, position: int, pixels: int) -> tuple[int, int]:
         """The pixels [first, last) that a position sees, clipped to the image."""
-        first = position * self.stride + self.offset
+        first = self.start(position)
         return min(max(first, 0), pixels), min(max(first + self.size, 0), pixels)
 
 

@@ -161,20 +161,20 @@ class Conv2d(Function):
 
         def data_gradient(signal: Tensor) -> Tensor:
             signal = _dense_as(signal, ctx.layout)
-            arguments = (signal, weight.to(signal.dtype), ctx.size, *ctx.geometry)
-            if ctx.groups == 1 and _few_channels(signal, weight):
-                data = _call(ops.conv2d_input_grad_op, *arguments)
-            else:
-                data = conv2d_input_grad(*arguments, ctx.groups)
-            return data.to(ctx.dtype)
+            arguments = (signal, weight.to(signal.dtype), ctx.size, *ctx.geometry, ctx.groups)
+            return conv2d_data_gradient(*arguments).to(ctx.dtype)
 
         return _per_signal(data_gradient, signal), *[None] * 6
 
 
-def _few_channels(signal: Tensor, weight: Tensor) -> bool:
-    """Where our data gradient is the faster one: see benchmarks/test_ops.py, group conv2d_input_grad."""
+def conv2d_data_gradient(
+    signal: Tensor, weight: Tensor, size: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """The signal at a convolution's input, by the faster way: see benchmarks/test_ops.py, group conv2d_input_grad."""
     measured = signal.device.type == "cpu" and signal.dtype == torch.float32 and channels_last(signal)
-    return measured and weight.shape[1] <= ops.FEW_CHANNELS
+    if measured and groups == 1 and weight.shape[1] <= ops.FEW_CHANNELS:
+        return _call(ops.conv2d_input_grad_op, signal, weight, size, stride, padding, dilation)
+    return conv2d_input_grad(signal, weight, size, stride, padding, dilation, groups)
 
 
 class BatchNormEval(Function):

@@ -92,11 +92,30 @@ class Tiling:
         variants = torch.cat([items[:, None], steps], 1)
         return ops.occlude(images, images.new_zeros(1), variants, *tables, self.size)
 
-    def paste(self, tiles: Tensor, steps: Tensor, images: Tensor) -> None:
-        """Put tiles (M, C, h, w) where they lie in images (M, C, H, W)."""
-        origins = self.origins(steps)
-        rows = origins[:, 0, None] + torch.arange(self.size[0], device=tiles.device)
-        columns = origins[:, 1, None] + torch.arange(self.size[1], device=tiles.device)
-        every = torch.arange(len(tiles), device=tiles.device)[:, None, None, None]
-        channels = torch.arange(tiles.shape[1], device=tiles.device)[None, :, None, None]
-        images[every, channels, rows[:, None, :, None], columns[:, None, None, :]] = tiles
+
+def placed(windows: Tensor, starts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Windows (M, C, h, w) in images (M, C, *size) of zeros, cut off where they leave them."""
+    images = torch.zeros(len(windows), windows.shape[1], *size, dtype=windows.dtype, device=windows.device)
+    if windows.device.type == "cpu":
+        height, width = windows.shape[2:]
+        for image, window, (top, left) in zip(images, windows, starts.tolist(), strict=True):
+            y0, x0 = max(top, 0), max(left, 0)
+            # A position may see nothing but padding.
+            y1, x1 = max(min(top + height, size[0]), y0), max(min(left + width, size[1]), x0)
+            image[:, y0:y1, x0:x1] = window[:, y0 - top : y1 - top, x0 - left : x1 - left]
+        return images
+    return placed_by_gathering(windows, starts, size)
+
+
+def placed_by_gathering(windows: Tensor, starts: Tensor, size: tuple[int, int]) -> Tensor:
+    """:func:`placed` without a loop: each pixel reads what lies there."""
+    inside, places = [], []
+    for axis, count in enumerate(size):
+        place = torch.arange(count, device=windows.device) - starts[:, axis, None]
+        inside.append((place >= 0) & (place < windows.shape[2 + axis]))
+        places.append(place.clamp(0, windows.shape[2 + axis] - 1))
+    every = torch.arange(len(windows), device=windows.device)[:, None, None]
+    pixels = windows.permute(0, 2, 3, 1)[every, places[0][:, :, None], places[1][:, None, :]].permute(
+        0, 3, 1, 2
+    )
+    return torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], pixels, 0).contiguous()

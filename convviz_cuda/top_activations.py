@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
+from ._choices import maps_of
+from ._current import current_network, noise_like
 from .activations import evaluating
-from .deconvnet import MEMORY, DeconvNet, agree, current_network, maps_of, noise_like
+from .deconvnet import MEMORY, DeconvNet
 from .imaging import colour_limit, denormalised, number, resized, signed_rgb, three_channels
 from .journal import digest, write_atomically
 from .network import CannotCapture
@@ -558,25 +560,20 @@ class _Layer:
         now = self.running
         row, rank = (now.values > -torch.inf).nonzero(as_tuple=True)
         yield self.projected
+        windowed = self.net.windowed(self.example)
         at_once = self.net.tiles_per_pass(self.tiling)
         while self.projected < len(row):
             r, j = (each[self.projected : self.projected + at_once] for each in (row, rank))
             steps = self.tiling.steps(now.positions[r, j])
             patches = self.patches[r, now.slots[r, j]]
-            found = self.net.project_tiles(
-                patches, self.channels[r], now.positions[r, j], steps, self.example, now.values[r, j]
-            )
-            expected = now.values[r, j]
-            if found is not None and not agree(found[1].to(expected), expected, expected):
-                raise RuntimeError(
-                    f"The layer {self.net.layer!r} gives other activations on parts of the images than on the whole: "
-                    "project=False leaves the projections out."
-                )
+            values, positions = now.values[r, j], now.positions[r, j]
+            found = self.net.project_tiles(patches, self.channels[r], positions, steps, values, windowed)
             if found is None:
                 raise RuntimeError(
-                    f"The layer {self.net.layer!r} cannot run on patches of {self.tiling.size} pixels."
+                    f"The layer {self.net.layer!r} does not give on patches of {self.tiling.size} pixels what it gives "
+                    "on the whole images: project=False leaves the projections out."
                 )
-            self.projections[r, j] = found[0]
+            self.projections[r, j] = found
             self.projected += len(r)
             yield len(r)
 

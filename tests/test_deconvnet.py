@@ -297,7 +297,7 @@ def test_windows_of_branches_equal_whole_images(widths, pool, ceil, residual, si
     places = [[0, 0], [rows - 1, columns - 1], [rows // 2, 0], [rows // 2, columns // 2]]
     whole = net._project_whole(x, [0, 1, 2, 3], places, None)
     found = net._project_windows(x, [0, 1, 2, 3], places)
-    if net._windowed(x) is None:  # windows larger than the image
+    if net.windowed(x) is None:  # windows larger than the image
         assert found is None and net.receptive_field(x).vertical.size > 10
         return
     scale = whole.pixels.abs().max().clamp(min=1e-9)
@@ -350,15 +350,15 @@ def test_which_layers_have_a_way_down_on_windows():
         net = DeconvNet(model, str(len(model) - 1))
         expected = net.project(x, [0, 1]).pixels
         net.receptive_field(x)
-        assert (net._windowed(x) is not None) == known, extra
+        assert (net.windowed(x) is not None) == known, extra
         torch.testing.assert_close(net.project(x, [0, 1]).pixels, expected)
     over = DeconvNet(model, str(len(model) - 1), overlap="overwrite")
     over.receptive_field(x)
-    assert over._windowed(x) is None
+    assert over.windowed(x) is None
 
 
 def test_windows_are_put_where_they_lie():
-    from convviz_cuda._windowed import placed, placed_by_gathering
+    from convviz_cuda.tiles import placed, placed_by_gathering
 
     windows = torch.arange(1.0, 1 + 4 * 2 * 3 * 2).view(4, 2, 3, 2)
     starts = torch.tensor([[0, 0], [-1, 3], [-3, -1], [1, 5]])
@@ -380,19 +380,19 @@ def test_projections_follow_weights_that_changed_unseen(monkeypatch):
     net = DeconvNet(model, "3")
     net.receptive_field(x)
     net.project(x, [0, 1])
-    assert net._windowed(x) is not None
+    assert net.windowed(x) is not None
     for many in (False, True, False):
         model[0].weight.data.mul_(-2)
         model[0].bias.data[
             2
         ] = -100.0  # a filter that is dead in the forward shapes the projection all the same
-        assert net._windowed(x) is None
+        assert net.windowed(x) is None
         monkeypatch.setattr(convviz_cuda.deconvnet, "KNOW_THE_FIELD", 4 if many else 1000)
         expected = DeconvNet(model, "3")._project_whole(x, [0, 1], None, None)
         found = net.project(x, [0, 1])
         torch.testing.assert_close(found.values, expected.values)
         torch.testing.assert_close(found.pixels, expected.pixels, rtol=1e-4, atol=1e-5)
-        assert (net._windowed(x) is not None) == many  # captured again for many
+        assert (net.windowed(x) is not None) == many  # captured again for many
         model[0].weight.data[2] *= 3
         expected = DeconvNet(model, "3")._project_whole(x, [0, 1], None, None)
         torch.testing.assert_close(net.project(x, [0, 1]).pixels, expected.pixels, rtol=1e-4, atol=1e-5)
@@ -410,7 +410,7 @@ def test_windows_in_float32_take_the_fast_convolutions():
     net = DeconvNet(model, "9")
     whole = net.project(x, list(range(12)))
     net.receptive_field(x)
-    windowed = net._windowed(x)
+    windowed = net.windowed(x)
     turned = [layer for layer in windowed.transposed.values() if layer is not None]
     assert len(turned) == 3 and any(layer.tiles is not None for layer in turned)
     for found in (net.project(x, list(range(12))), net.project(x, list(range(12)), projections_per_pass=5)):
