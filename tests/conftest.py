@@ -30,3 +30,24 @@ def checkpoints() -> Path:
     if not folder:
         pytest.skip("CONVVIZ_CHECKPOINTS does not name a folder with weights")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def squeezenet_weights(checkpoints: Path) -> Path:
+    """ImageNet weights of SqueezeNet 1.0 with torchvision's names; skips the test without them."""
+    weights = checkpoints / "squeezenet1_0.safetensors"
+    if not weights.is_file():
+        pytest.skip(f"{checkpoints} has no squeezenet1_0.safetensors")
+    return weights
+
+
+@pytest.fixture(scope="session")
+def squeezenet(squeezenet_weights: Path) -> torch.nn.Module:
+    """SqueezeNet 1.0 as trained on ImageNet."""
+    from squeezenet import squeezenet1_0
+
+    from convviz_cuda.loading import load_weights
+
+    model = squeezenet1_0()
+    load_weights(model, squeezenet_weights)
+    return model

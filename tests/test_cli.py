@@ -25,7 +25,7 @@ from convviz_cuda.cli import app as app_module
 from convviz_cuda.cli import doctor, explain
 from convviz_cuda.cli.console import Counter, duration
 from convviz_cuda.cli.methods import StrongestUnit
-from convviz_cuda.loading import load_model, load_weights
+from convviz_cuda.loading import load_model
 from convviz_cuda.preprocess import Preprocess, open_image
 
 HERE = Path(__file__).parent
@@ -710,17 +710,14 @@ def test_demo(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_photographs_through_squeezenet(work, checkpoints):
+def test_photographs_through_squeezenet(work, squeezenet_weights, squeezenet):
     data = pytest.importorskip("skimage.data")
-    weights = checkpoints / "squeezenet1_0.safetensors"
-    if not weights.is_file():
-        pytest.skip(f"{checkpoints} has no squeezenet1_0.safetensors")
     (work / "real").mkdir()
     for name in ("chelsea", "coffee"):
         Image.fromarray(getattr(data, name)()).save(work / "real" / f"{name}.png")
     result = invoke(
         "attribute", work / "real", "--model", f"{HERE / 'squeezenet.py'}:squeezenet1_0",
-        "--weights", weights, "--out", work / "out",
+        "--weights", squeezenet_weights, "--out", work / "out",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     predictions = {Path(r["image"]).stem: r["prediction"] for r in rows(work)}
@@ -728,12 +725,10 @@ def test_photographs_through_squeezenet(work, checkpoints):
         predictions["chelsea"]["index"] == 285 and predictions["chelsea"]["probability"] > 0.5
     )  # Egyptian cat
     assert predictions["coffee"]["index"] == 967 and predictions["coffee"]["probability"] > 0.5  # espresso
-    model = load_model(f"{HERE / 'squeezenet.py'}:squeezenet1_0")
-    load_weights(model, weights)
     preprocess = Preprocess()
     for row in rows(work)[:3]:
         inputs = preprocess.tensor(preprocess.picture(open_image(row["image"])))[None]
-        method = getattr(attr, METHODS[row["method"]])(model)
+        method = getattr(attr, METHODS[row["method"]])(squeezenet)
         expected = method.attribute(inputs, target=row["target"]["index"])[0]
         torch.testing.assert_close(
             raw_map(work, row), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item()

@@ -264,35 +264,26 @@ def test_out_is_a_file(tmp_path):
         assert result.exit_code == 2 and "is a file" in result.output
 
 
-def test_top_activations_of_photographs_through_squeezenet(checkpoints):
+def test_top_activations_of_photographs_through_squeezenet(squeezenet):
     """ImageNet's SqueezeNet over scikit-image's photographs: cat features find the cat, and where in it."""
     data = pytest.importorskip("skimage.data")
-    weights = checkpoints / "squeezenet1_0.safetensors"
-    if not weights.is_file():
-        pytest.skip(f"{checkpoints} has no squeezenet1_0.safetensors")
-    from squeezenet import squeezenet1_0
-
-    from convviz_cuda.loading import load_weights
-
-    model = squeezenet1_0()
-    load_weights(model, weights)
     names = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "moon", "rocket")
     preprocess = Preprocess(resize=224, crop=224)
     x = torch.stack(
         [preprocess.tensor(preprocess.picture(Image.fromarray(getattr(data, n)()))) for n in names]
     )
     channels = [368, 489, 164, 7]
-    net = DeconvNet(model, "features.12")
+    net = DeconvNet(squeezenet, "features.12")
     found = net.top_activations(x, channels, k=3)
     with torch.no_grad():
-        maps = model.features(x)[:, channels].flatten(2)
+        maps = squeezenet.features(x)[:, channels].flatten(2)
     expected = maps.amax(2).T.sort(dim=1, descending=True)
     torch.testing.assert_close(found.values, expected.values[:, :3], rtol=1e-4, atol=1e-2)
     assert torch.equal(found.indices, expected.indices[:, :3])
     chelsea = names.index("chelsea")
     assert found.indices[:3, 0].tolist() == [chelsea] * 3  # what the cat drives most on its own
     assert float(found.values[1, 0]) > 2 * float(found.values[1, 1])
-    whole = DeconvNet(model, "features.12")
+    whole = DeconvNet(squeezenet, "features.12")
     for row, channel in enumerate(channels):
         image, position = x[found.indices[row, 0]][None], found.positions[row, 0].tolist()
         pixels = whole.project(image, channel, position).pixels[0]

@@ -8,48 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from deconvnet_cases import CHAINS, built, cases, corners, images, network
 from deconvnet_truth import forward, project
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import convviz_cuda
 from convviz_cuda import models
 from convviz_cuda.deconvnet import DeconvNet
 from convviz_cuda.network import CannotCapture
-
-
-def norm() -> nn.LocalResponseNorm:
-    return nn.LocalResponseNorm(3, alpha=0.7, beta=0.75, k=1.0)
-
-
-CHAINS = {
-    "2x2/2": lambda: [nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 6, 3), nn.ReLU()],
-    "3x3/2 overlapping": lambda: [
-        nn.Conv2d(3, 5, 5, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), norm(),
-        nn.Conv2d(5, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(6, 4, 3, padding=1), nn.ReLU(),
-    ],
-    "3x3/1 padded": lambda: [
-        nn.Conv2d(3, 5, 3), nn.ReLU(), nn.MaxPool2d(3, 1, padding=1), norm(), nn.Conv2d(5, 6, 3, stride=2), nn.ReLU(),
-    ],
-    "pool without a ReLU before it": lambda: [
-        nn.Conv2d(3, 5, 3), nn.MaxPool2d(3, 2), nn.ReLU(), nn.Conv2d(5, 6, 3, dilation=2), nn.MaxPool2d(2, 1),
-    ],
-    "dense": lambda: [
-        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.Flatten(),
-        nn.Linear(4 * 6 * 7, 9), nn.ReLU(),
-    ],
-}  # fmt: skip
-
-
-def network(name: str, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(*CHAINS[name]()).double().eval()
-
-
-def images(count: int = 2, height: int = 26, width: int = 29, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, height, width, generator=generator, dtype=torch.float64)
 
 
 def truth(model, x, layer: int, channel: int, position, seed="activation", **options):
@@ -142,41 +109,9 @@ def test_zfnet_at_full_size(layer):
     assert torch.equal(found.positions, positions)
     torch.testing.assert_close(found.values, values)
     if layer == "conv3":
-        assert net.tiling(x)[0].size == (
-            96,
-            96,
-        )  # 75 pixels from 17 before a multiple of 16 on: 90, and 6 to end at 224
+        # 75 pixels from 17 before a multiple of 16 on: 90, and 6 to end at 224
+        assert net.tiling(x)[0].size == (96, 96)
         torch.testing.assert_close(net.project(x, 7).pixels / scale, expected / scale, rtol=0, atol=1e-11)
-
-
-@st.composite
-def cases(draw):
-    """A chain of random geometry, the size of an image that it accepts, and a seed."""
-    layers, channels = [], 3
-    for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(("conv", "conv", "max", "average", "norm")))
-        kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-        stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-        if kind == "conv":
-            dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
-            padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
-            groups = draw(
-                st.sampled_from((1, 1, channels if channels == 4 else 3, 1 if channels == 3 else 2))
-            )
-            outputs = 4 if channels % groups == 0 and 4 % groups == 0 else 3
-            groups = groups if channels % groups == 0 and outputs % groups == 0 else 1
-            layers.append(nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups))
-            channels = outputs
-        elif kind == "norm":
-            layers.append(norm())
-        else:
-            padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
-            pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
-            layers.append(pool(kernel, stride, padding, ceil_mode=draw(st.booleans())))
-        if draw(st.booleans()):
-            layers.append(nn.ReLU())
-    size = draw(st.tuples(st.integers(14, 45), st.integers(14, 45)))
-    return layers, size, draw(st.integers(0, 2**31))
 
 
 @settings(max_examples=60)
@@ -184,20 +119,9 @@ def cases(draw):
 def test_parts_of_images_equal_whole_images(case):
     """For any geometry: the projection on the part that a position sees is the one on the whole image."""
     layers, size, seed = case
-    torch.manual_seed(seed)
-    model = nn.Sequential(*layers).double().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    x = torch.randn(1, 3, *size, dtype=torch.float64)
-    try:
-        out = model(x)
-    except RuntimeError:
-        return  # the image is too small for the chain
-    if min(out.shape[2:]) < 1:
-        return
+    model, x, out = built(layers, size, seed)
     net = DeconvNet(model, str(len(model) - 1), overlap="sum" if seed % 2 else "overwrite")
-    rows, columns = (sorted({0, n // 2, n - 1}) for n in out.shape[2:])
-    places = [list(p) for p in itertools.product(rows, columns)]
+    places = corners(out)
     whole = net._project_whole(x, [0] * len(places), places, None)
     tiling, reason = net.tiling(x)
     assert reason is None, reason
@@ -253,171 +177,6 @@ def test_the_field_is_found_out_when_many_are_asked_for(monkeypatch):
     more = net.project(x, [0, 1, 2])
     assert passes == [1]
     torch.testing.assert_close(few.pixels, more.pixels, rtol=1e-12, atol=1e-14)
-
-
-class Branching(nn.Module):
-    """Sums and concatenations of branches with windows of different sizes, a scale of channels, ReLUs in places."""
-
-    def __init__(self, widths, pool, residual):
-        super().__init__()
-        a, b = widths
-        # More than the few channels that have a kernel of their own.
-        self.stem, self.norm = nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
-        self.a, self.b = nn.Conv2d(6, 5, a, padding=a // 2), nn.Conv2d(6, 5, b, padding=b // 2)
-        self.pool, self.residual = pool, residual
-        wide = 5 if residual else 10
-        self.last, self.scale = nn.Conv2d(wide, 2 * wide, 3, padding=1, groups=5), nn.BatchNorm2d(2 * wide)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        a, b = self.a(x).relu(), self.b(x)
-        x = (a + b).relu() if self.residual else torch.cat([a, b.relu()], 1)
-        x = self.pool(x)
-        return self.scale(F.relu(self.last(x)))
-
-
-@settings(max_examples=40)
-@given(
-    st.tuples(st.sampled_from((1, 3, 5)), st.sampled_from((1, 3, 5))),
-    st.sampled_from(((2, 2, 0), (3, 2, 1), (3, 1, 1), (3, 2, 0))),
-    st.booleans(),
-    st.booleans(),
-    st.tuples(st.integers(12, 40), st.integers(12, 40)),
-    st.integers(0, 2**31),
-)
-def test_windows_of_branches_equal_whole_images(widths, pool, ceil, residual, size, seed):
-    torch.manual_seed(seed)
-    model = Branching(widths, nn.MaxPool2d(*pool, ceil_mode=ceil), residual).double().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    net = DeconvNet(model, "scale", seed="one" if seed % 2 else "activation")
-    net.receptive_field(x)
-    rows, columns = model(x).shape[2:]
-    places = [[0, 0], [rows - 1, columns - 1], [rows // 2, 0], [rows // 2, columns // 2]]
-    whole = net._project_whole(x, [0, 1, 2, 3], places, None)
-    found = net._project_windows(x, [0, 1, 2, 3], places)
-    if net.windowed(x) is None:  # windows larger than the image
-        assert found is None and net.receptive_field(x).vertical.size > 10
-        return
-    scale = whole.pixels.abs().max().clamp(min=1e-9)
-    torch.testing.assert_close(found.pixels / scale, whole.pixels / scale, rtol=0, atol=1e-10)
-    assert torch.equal(found.positions, whole.positions)
-    torch.testing.assert_close(found.values, whole.values)
-
-
-@settings(max_examples=60)
-@given(cases())
-def test_windows_of_chains_equal_whole_images(case):
-    layers, size, seed = case
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        *(layer for layer in layers if not isinstance(layer, (nn.AvgPool2d, nn.LocalResponseNorm)))
-    )
-    if not len(model):
-        return
-    model = model.double().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    x = torch.randn(1, 3, *size, dtype=torch.float64)
-    try:
-        out = model(x)
-    except RuntimeError:
-        return  # the image is too small for the chain
-    if min(out.shape[2:]) < 1:
-        return
-    net = DeconvNet(model, str(len(model) - 1))
-    net.receptive_field(x)
-    field = net.receptive_field(x)
-    places = [list(p) for p in itertools.product(*(sorted({0, n // 2, n - 1}) for n in out.shape[2:]))]
-    found = net._project_windows(x, [0] * len(places), places)
-    if field.vertical.size * field.horizontal.size > size[0] * size[1]:
-        assert found is None
-        return
-    whole = net._project_whole(x, [0] * len(places), places, None)
-    scale = whole.pixels.abs().max().clamp(min=1e-9)
-    torch.testing.assert_close(found.pixels / scale, whole.pixels / scale, rtol=0, atol=1e-10)
-
-
-def test_which_layers_have_a_way_down_on_windows():
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    for extra, known in (
-        ([], True), ([nn.BatchNorm2d(4)], True), ([nn.Dropout()], True), ([norm()], False), ([nn.AvgPool2d(2)], False),
-        ([nn.ReLU6()], False), ([nn.SiLU()], False),
-    ):  # fmt: skip
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), *extra, nn.Conv2d(4, 4, 3)).double().eval()
-        net = DeconvNet(model, str(len(model) - 1))
-        expected = net.project(x, [0, 1]).pixels
-        net.receptive_field(x)
-        assert (net.windowed(x) is not None) == known, extra
-        torch.testing.assert_close(net.project(x, [0, 1]).pixels, expected)
-    over = DeconvNet(model, str(len(model) - 1), overlap="overwrite")
-    over.receptive_field(x)
-    assert over.windowed(x) is None
-
-
-def test_windows_are_put_where_they_lie():
-    from convviz_cuda.tiles import placed, placed_by_gathering
-
-    windows = torch.arange(1.0, 1 + 4 * 2 * 3 * 2).view(4, 2, 3, 2)
-    starts = torch.tensor([[0, 0], [-1, 3], [-3, -1], [1, 5]])
-    for place in (placed, placed_by_gathering):
-        found = place(windows, starts, (5, 5))
-        for m, (top, left) in enumerate(starts.tolist()):
-            for y, x in itertools.product(range(5), range(5)):
-                inside = 0 <= y - top < 3 and 0 <= x - left < 2
-                expected = windows[m, :, y - top, x - left] if inside else torch.zeros(2)
-                assert torch.equal(found[m, :, y, x], expected)
-
-
-def test_projections_follow_weights_that_changed_unseen(monkeypatch):
-    torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).eval(),
-        images(1).float(),
-    )
-    net = DeconvNet(model, "3")
-    net.receptive_field(x)
-    net.project(x, [0, 1])
-    assert net.windowed(x) is not None
-    for many in (False, True, False):
-        model[0].weight.data.mul_(-2)
-        model[0].bias.data[
-            2
-        ] = -100.0  # a filter that is dead in the forward shapes the projection all the same
-        assert net.windowed(x) is None
-        monkeypatch.setattr(convviz_cuda.deconvnet, "KNOW_THE_FIELD", 4 if many else 1000)
-        expected = DeconvNet(model, "3")._project_whole(x, [0, 1], None, None)
-        found = net.project(x, [0, 1])
-        torch.testing.assert_close(found.values, expected.values)
-        torch.testing.assert_close(found.pixels, expected.pixels, rtol=1e-4, atol=1e-5)
-        assert (net.windowed(x) is not None) == many  # captured again for many
-        model[0].weight.data[2] *= 3
-        expected = DeconvNet(model, "3")._project_whole(x, [0, 1], None, None)
-        torch.testing.assert_close(net.project(x, [0, 1]).pixels, expected.pixels, rtol=1e-4, atol=1e-5)
-
-
-def test_windows_in_float32_take_the_fast_convolutions():
-    """Turned convolutions in the library's own order, and by Winograd's way: against whole images."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 224, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(224, 48, 1), nn.ReLU(), nn.Conv2d(48, 224, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(224, 224, 3, padding=1),
-    ).eval()  # fmt: skip
-    x = images(1, 48, 52).float()
-    net = DeconvNet(model, "9")
-    whole = net.project(x, list(range(12)))
-    net.receptive_field(x)
-    windowed = net.windowed(x)
-    turned = [layer for layer in windowed.transposed.values() if layer is not None]
-    assert len(turned) == 3 and any(layer.tiles is not None for layer in turned)
-    for found in (net.project(x, list(range(12))), net.project(x, list(range(12)), projections_per_pass=5)):
-        error = (found.pixels - whole.pixels).flatten(1).norm(dim=1) / whole.pixels.flatten(1).norm(dim=1)
-        assert error.max() < 1e-4
-    for layout in (x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], 3)[..., : x.shape[3]]):
-        torch.testing.assert_close(net.project(layout, 3).pixels, net.project(x, 3).pixels)
 
 
 class Places(nn.Module):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from squeezenet import squeezenet1_0
 
-from convviz_cuda.loading import load_weights
 from convviz_cuda.preprocess import Preprocess
 from convviz_cuda.sweep import occlusion_sweep
 
@@ -19,20 +17,15 @@ EYES = ((86, 130), (101, 240))  # rows and columns of their middles
 
 
 @pytest.fixture(scope="module")
-def photographs(checkpoints):
+def photographs(squeezenet):
     """The network, the photographs, their sweep and its three maps."""
     data = pytest.importorskip("skimage.data")
     images = pytest.importorskip("PIL.Image")
-    weights = checkpoints / "squeezenet1_0.safetensors"
-    if not weights.is_file():
-        pytest.skip(f"{checkpoints} has no squeezenet1_0.safetensors")
-    model = squeezenet1_0()
-    load_weights(model, weights)
     preprocess = Preprocess(resize=224, crop=None)
     x = torch.stack(
         [preprocess.tensor(preprocess.picture(images.fromarray(getattr(data, name)()))) for name in OBJECTS]
     )
-    sweep = occlusion_sweep(model, x, WINDOW, STRIDE, border="inside")
+    sweep = occlusion_sweep(squeezenet, x, WINDOW, STRIDE, border="inside")
     passes = []
     run = sweep._run
 
@@ -43,7 +36,7 @@ def photographs(checkpoints):
     sweep._run = counted
     maps = sweep.maps([object_[0] for object_ in OBJECTS.values()], "features.12")
     assert len(passes) == 1  # three maps in one pass
-    return model, x, sweep, maps
+    return squeezenet, x, sweep, maps
 
 
 def centres(sweep):
