@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .attr._gradient import check_module, find_layer
+from .attr._taps import tapped
 
 
 @contextlib.contextmanager
@@ -57,22 +57,14 @@ class LayerReader:
 
         Raises RuntimeError for a layer that does not run or whose output is no tensor.
         """
-        thread = threading.get_ident()
         seen: dict[int, Tensor] = {}
 
         def keep(place: int, output: object) -> None:
-            if threading.get_ident() == thread and isinstance(output, Tensor):
+            if isinstance(output, Tensor):
                 seen[place] = output.clone()  # the next layer may change it in place
 
-        handles = []
-        try:
-            for place, module in enumerate(self.modules):
-                hook = lambda _, __, output, place=place: keep(place, output)  # noqa: E731
-                handles.append(module.register_forward_hook(hook))
+        with tapped(self.modules, keep):
             output = self.model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
         for place, name in enumerate(self.names):
             if place not in seen:
                 raise RuntimeError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from ._inputs import (
     target_list,
     turned,
 )
+from ._taps import tapped
 
 # Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
 # multiprocessors busy, few enough that its signals stay a small multiple of one forward's activations.
@@ -320,11 +320,8 @@ class NeuronAttribution(GradientAttribution):
         self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None, seen: list[Any]
     ) -> None:
         """Collects what the layer gave (or got) at each of its runs; the forward ends at run number ``last``."""
-        thread = threading.get_ident()
 
-        def keep(value: Any) -> None:
-            if threading.get_ident() != thread:  # another thread's forward through the same model is not ours
-                return
+        def keep(_: int, value: Any) -> None:
             if last is None and torch.is_grad_enabled():
                 # The forward goes on, and the next layer may change this in place.
                 value = torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)
@@ -332,20 +329,8 @@ class NeuronAttribution(GradientAttribution):
             if len(seen) == last:
                 raise _Stop
 
-        def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = (*given, *named.values())
-            keep(given[0] if len(given) == 1 else given)
-
-        if of_input:
-            handle = self.layer.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = self.layer.register_forward_hook(lambda _, given, gave: keep(gave))
-        try:
+        with contextlib.suppress(_Stop), tapped([self.layer], keep, of_input):
             self.forward_func(*xs, *extra_args(args))
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
 
 
 def check_at_once(name: str, at_once: Any) -> None:
