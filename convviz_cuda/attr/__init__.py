@@ -1,19 +1,42 @@
-"""Attribution methods, with the names, signatures and meanings of Captum's."""
+"""Attribution methods, with the names, signatures and meanings of Captum's where Captum has them."""
 
 from __future__ import annotations
 
+from ._layer import LayerAttribution
+from .cam import Cam
 from .deconvolution import Deconvolution, NeuronDeconvolution
+from .eigen_cam import EigenCam
+from .grad_cam_plus_plus import GradCamPlusPlus
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
+from .guided_grad_cam import GuidedGradCam
+from .hi_res_cam import HiResCam
 from .input_x_gradient import InputXGradient
+from .layer_activation import LayerActivation
+from .layer_cam import LayerCam
+from .layer_grad_cam import CounterfactualGradCam, LayerGradCam
+from .layer_gradient_x_activation import LayerGradientXActivation
 from .occlusion import Occlusion
 from .saliency import Saliency
+from .x_grad_cam import XGradCam
 
 __all__ = [
+    "Cam",
+    "CounterfactualGradCam",
     "Deconvolution",
+    "EigenCam",
+    "GradCamPlusPlus",
     "GuidedBackprop",
+    "GuidedGradCam",
+    "HiResCam",
     "InputXGradient",
+    "LayerActivation",
+    "LayerAttribution",
+    "LayerCam",
+    "LayerGradCam",
+    "LayerGradientXActivation",
     "NeuronDeconvolution",
     "NeuronGuidedBackprop",
     "Occlusion",
     "Saliency",
+    "XGradCam",
 ]

@@ -131,6 +131,18 @@ class GradientAttribution:
                 )
         return output
 
+    def _in_best_layout(self, xs: tuple[Tensor, ...], run: Callable[[tuple[Tensor, ...], bool], Any]) -> Any:
+        """``run(xs, ours)`` in channels_last (``ours``) where that gains; else, or if that fails, as given."""
+        fast = None if self._layout_matters else turned(xs)
+        if fast is not None:
+            # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
+            # error comes again.
+            with contextlib.suppress(RuntimeError):
+                return run(fast, True)
+        found = run(xs, False)
+        self._layout_matters = fast is not None or self._layout_matters
+        return found
+
     def _attribute(
         self,
         inputs: Inputs,
@@ -150,16 +162,7 @@ class GradientAttribution:
                 given = xs if ours else tuple(x.clone() for x in xs)
                 return differentiate((forward or self._forward)(session, given, args), xs)
 
-        found = None
-        fast = None if self._layout_matters else turned(xs)
-        if fast is not None:
-            # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
-            # error comes again.
-            with contextlib.suppress(RuntimeError):
-                found = run(fast, True)
-        if found is None:
-            found = run(xs, False)
-            self._layout_matters = fast is not None or self._layout_matters
+        found = self._in_best_layout(xs, run)
         result = result or self._result
         results: list[Tensor] = []
         for gradient, tensor in zip(found, tensors, strict=True):

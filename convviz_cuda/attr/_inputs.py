@@ -59,11 +59,13 @@ def gains_turned(x: Tensor) -> bool:
 
 
 def turned(xs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """The leaves with images in channels_last; None if none gains."""
+    """The inputs with images in channels_last, leaves again; None if none gains."""
     if not any(map(gains_turned, xs)):
         return None
     return tuple(
-        x.detach().contiguous(memory_format=torch.channels_last).requires_grad_() if gains_turned(x) else x
+        x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(x.requires_grad)
+        if gains_turned(x)
+        else x
         for x in xs
     )
 

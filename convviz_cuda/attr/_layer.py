@@ -1,0 +1,180 @@
+"""What the layer methods share: finding layers, reading what they give, and gradients of scores there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._gradient import GradientAttribution, find_layer
+from ._inputs import Inputs, as_tuple, extra_args, restore
+from ._taps import tapped
+
+Layer = nn.Module | str
+Values = tuple[Tensor, ...]  # what one layer gives: several tensors where it gives a tuple
+
+AUTO = "auto"
+
+
+class LayerAttribution(GradientAttribution):
+    """Methods that attribute to the output (or the input) of layers, with Captum's signatures.
+
+    Args:
+        forward_func: a model or any callable that returns scores.
+        layer: a module, its name in ``forward_func.named_modules()``, or "auto": the last layer that gives maps, that
+            is a tensor ``(N, C, h, w)`` of more than one position. Names and "auto" need ``forward_func`` to be an
+            ``nn.Module``. Of a layer that runs more than once, the last run counts.
+        device_ids: accepted for Captum's sake, without effect.
+
+    Raises ValueError for an unknown name, TypeError for what is no layer.
+    """
+
+    def __init__(
+        self, forward_func: Callable[..., Any], layer: Layer, device_ids: list[int] | None = None
+    ) -> None:
+        super().__init__(forward_func)
+        self.layer = self._known(layer)
+        self.device_ids = device_ids
+        self._last_maps: dict[Any, nn.Module] = {}
+
+    @staticmethod
+    def interpolate(
+        layer_attribution: Tensor, interpolate_dims: int | tuple[int, ...], interpolate_mode: str = "nearest"
+    ) -> Tensor:
+        """A layer's attribution ``(N, C, ...)`` interpolated to other spatial dims, by ``F.interpolate``.
+
+        Args:
+            interpolate_dims: the wanted spatial dims, an int for all of them.
+            interpolate_mode: "nearest", "linear", "bilinear", "trilinear", "bicubic" or "area"; the linear ones with
+                ``align_corners=False``.
+        """
+        return F.interpolate(layer_attribution, interpolate_dims, mode=interpolate_mode)
+
+    def _known(self, layer: Any) -> Layer:
+        if isinstance(layer, nn.Module):
+            return layer
+        if not isinstance(layer, str):
+            raise TypeError(f"layer must be a module, a layer's name or {AUTO!r}, but it is {layer!r}.")
+        if not isinstance(self.forward_func, nn.Module):
+            raise ValueError(
+                f"layer {layer!r} is a name, but forward_func is no nn.Module with named layers: pass the module."
+            )
+        modules = dict(self.forward_func.named_modules(remove_duplicate=False))
+        return layer if layer == AUTO and AUTO not in modules else find_layer(self.forward_func, layer)
+
+    def _modules(self, layers: Sequence[Layer], xs: Values, args: Any) -> list[nn.Module]:
+        return [self._auto(xs, args) if isinstance(layer, str) else layer for layer in layers]
+
+    def _auto(self, xs: Values, args: Any) -> nn.Module:
+        """The last layer with maps, seen in a forward: once for each shape of an example."""
+        key = tuple((x.shape[1:], x.dtype) for x in xs)
+        if key not in self._last_maps:
+            if args is None and all(x.dim() > 1 and len(x) == len(xs[0]) for x in xs):
+                xs = tuple(x[:1] for x in xs)
+            self._last_maps[key] = last_maps(self.forward_func, xs, args)
+        return self._last_maps[key]
+
+    def _read(
+        self,
+        inputs: Inputs,
+        args: Any,
+        of_input: bool,
+        use: Callable[[Any, list[Values]], Any],
+        *,
+        layers: Sequence[Layer] | None = None,
+        differentiate: bool = True,
+        from_inputs: bool = False,
+    ) -> Any:
+        """``use(output, values)`` of one forward, in its context; ``values`` are those of each layer.
+
+        differentiate: gradients can be asked for at the values; nothing below them is recorded. from_inputs: the
+        forward is recorded from the inputs on, which are handed over as they are: ``use(output, values)`` may ask for
+        gradients there and at the parameters.
+        """
+        tensors = as_tuple(inputs)
+        if differentiate and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "Attributions need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
+            )
+        given = tensors if from_inputs else tuple(x.detach() for x in tensors)
+        modules = self._modules(self.layers if layers is None else layers, given, args)
+        if from_inputs:
+            with torch.enable_grad():
+                return self._read_once(given, args, modules, of_input, use, True)
+
+        def run(xs: Values, ours: bool) -> Any:
+            given = xs if ours else tuple(x.clone() for x in xs)  # a model may change its input in place
+            if not differentiate:
+                with torch.no_grad():
+                    return self._read_once(given, args, modules, of_input, use, False)
+            with torch.enable_grad(), self._context() as session:
+                session.layout_turned = ours
+                session.expects_rectifier = False  # above a late layer there may rightly be none
+                return self._read_once(given, args, modules, of_input, use, True)
+
+        return self._in_best_layout(given, run)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [self.layer]
+
+    def _read_once(
+        self, given: Values, args: Any, modules: list[nn.Module], of_input: bool, use: Any, graph: bool
+    ):
+        seen: dict[int, Values] = {}
+
+        def tap(place: int, value: Any) -> Any:
+            values = value if isinstance(value, tuple) else (value,)
+            for each in values:
+                assert isinstance(each, Tensor), (
+                    f"The layer {modules[place]} gave a {type(each)}, where attributions need tensors."
+                )
+            if graph:
+                values = tuple(
+                    v if v.requires_grad or not v.is_floating_point() else v.detach().requires_grad_()
+                    for v in values
+                )
+            seen[place] = values
+            # The layer above may change what it gets in place.
+            through = tuple(v.clone() for v in values)
+            return through if isinstance(value, tuple) else through[0]
+
+        with tapped(modules, tap, of_input):
+            output = self.forward_func(*given, *extra_args(args))
+        for place, module in enumerate(modules):
+            assert place in seen, (
+                f"The layer {module} did not run in this forward, so nothing can be attributed to it."
+            )
+        return use(output, [seen[place] for place in range(len(modules))])
+
+
+def last_maps(model: Callable[..., Any], xs: Values, args: Any) -> nn.Module:
+    """The layer of a model that gives a tensor ``(N, C, h, w)`` of more than one position last in a forward.
+
+    Of modules that end together, the outermost. Raises ValueError for a model without such a layer.
+    """
+    assert isinstance(model, nn.Module)
+    modules = [module for module in model.modules() if module is not model]
+    found: list[nn.Module] = []
+
+    def tap(place: int, value: Any) -> None:
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1:
+            found.append(modules[place])
+
+    with torch.no_grad(), tapped(modules, tap):
+        model(*(x.clone() for x in xs), *extra_args(args))
+    if not found:
+        raise ValueError(
+            f"layer={AUTO!r} finds no layer of this model that gives maps (N, C, h, w): name one."
+        )
+    return found[-1]
+
+
+def like_layer(values: Values, inputs: Inputs) -> Inputs:
+    """Values in the caller's memory format; a tensor where there is one, as Captum has it."""
+    images = as_tuple(inputs)[0]
+    results = tuple(restore(v, images) for v in values)
+    return results if len(results) > 1 else results[0]
