@@ -15,6 +15,7 @@ from .layer_activation import LayerActivation
 from .layer_cam import LayerCam
 from .layer_grad_cam import CounterfactualGradCam, LayerGradCam
 from .layer_gradient_x_activation import LayerGradientXActivation
+from .multi_cam import multi_cam
 from .occlusion import Occlusion
 from .saliency import Saliency
 from .x_grad_cam import XGradCam
@@ -39,4 +40,5 @@ __all__ = [
     "Occlusion",
     "Saliency",
     "XGradCam",
+    "multi_cam",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._cam import ClassActivationMap
 from ._gradient import check_module
-from ._inputs import extra_args
+from ._inputs import Inputs, as_tuple, extra_args
 from ._layer import AUTO, Layer, Values
 from ._taps import tapped
 from .layer_grad_cam import LayerGradCam
@@ -49,6 +49,16 @@ class Cam(ClassActivationMap):
             self._found[key] = self._search(xs, args)
         layer, self._classifier = self._found[key]
         return [layer]
+
+    def find(self, inputs: Inputs, additional_forward_args: Any = None) -> tuple[nn.Module, nn.Module]:
+        """The layer whose maps the classifier reads, and the classifier, as a forward of one example shows them.
+
+        Raises ValueError for a model that has none.
+        """
+        xs = tuple(x.detach() for x in as_tuple(inputs))
+        (layer,) = self._modules(self.layers, xs, additional_forward_args)
+        assert self._classifier is not None
+        return layer, self._classifier
 
     def _gradients(
         self, output: Any, values: Values, signals: Callable[[Any, Values], Values]

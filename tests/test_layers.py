@@ -1,0 +1,367 @@
+"""Layer methods against Captum, and what all of them have in common: finding layers, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import threading
+
+import captum.attr
+import pytest
+import torch
+from attribution_cases import ConvHead, Plain, Reused, Segmentation, built, images, state
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from convviz_cuda import attr
+
+CAMS = (attr.LayerGradCam, attr.GradCamPlusPlus, attr.LayerCam, attr.XGradCam, attr.HiResCam,
+        attr.CounterfactualGradCam)  # fmt: skip
+LAYER_METHODS = (attr.LayerGradientXActivation, *CAMS)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10) -> None:
+    theirs = theirs.detach()
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max() + 1e-30))
+
+
+# --------------------------------------------------------------------------------------------- Captum's numbers
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+@pytest.mark.parametrize("name", ["features.0", "features.1", "features.2", "features.3", "features", "fc"])
+def test_captums_layer_methods(name: str, of_input: bool) -> None:
+    model, x = built(Plain), images()
+    layer = model.get_submodule(name)
+    target = torch.tensor([0, 4, 2])
+    for ours, theirs, arguments in (
+        (attr.LayerActivation, captum.attr.LayerActivation, (x, None, of_input)),
+        (attr.LayerGradientXActivation, captum.attr.LayerGradientXActivation, (x, target, None, of_input)),
+        (attr.LayerGradCam, captum.attr.LayerGradCam, (x, target, None, of_input)),
+        (attr.LayerGradCam, captum.attr.LayerGradCam, (x, target, None, of_input, True)),
+        (attr.LayerGradCam, captum.attr.LayerGradCam, (x, target, None, of_input, True, False)),
+    ):
+        expected = theirs(model, layer).attribute(*arguments)
+        close(ours(model, layer).attribute(*arguments), expected)
+        close(ours(model, name).attribute(*arguments), expected)
+    gradients = captum.attr.LayerGradientXActivation(model, layer, multiply_by_inputs=False)
+    close(
+        attr.LayerGradientXActivation(model, layer, None, False).attribute(x, 1, None, of_input),
+        gradients.attribute(x, 1, None, of_input),
+    )
+
+
+def test_several_layers_come_as_a_list() -> None:
+    model, x = built(Plain), images()
+    names = ["features.0", "fc"]
+    layers = [model.get_submodule(name) for name in names]
+    for ours, theirs in zip(
+        attr.LayerGradientXActivation(model, names).attribute(x, 1),
+        captum.attr.LayerGradientXActivation(model, layers).attribute(x, 1),
+        strict=True,
+    ):
+        close(ours, theirs)
+    for ours, theirs in zip(
+        attr.LayerActivation(model, layers).attribute(x),
+        captum.attr.LayerActivation(model, layers).attribute(x),
+        strict=True,
+    ):
+        close(ours, theirs)
+    many = attr.LayerGradientXActivation(model, names).attribute_many(x, [1, [0, 1, 2]])
+    assert [tuple(m.shape[:2]) for m in many] == [(2, 3), (2, 3)]
+    close(many[1][0], attr.LayerGradientXActivation(model, "fc").attribute(x, 1))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("of_input", [False, True])
+def test_guided_grad_cam_is_captums(of_input: bool, mode: str) -> None:
+    model, x = built(Plain), images()
+    target = [0, 4, 2]
+    layer = model.features[3]
+    theirs = captum.attr.GuidedGradCam(model, layer).attribute(x, target, None, mode, of_input)
+    ours = attr.GuidedGradCam(model, layer)
+    close(ours.attribute(x, target, None, mode, of_input), theirs)
+    many = ours.attribute_many(x, [target, 1], None, mode, of_input)
+    assert many.shape == (2, *x.shape)
+    close(many[0], theirs)
+    close(many[1], captum.attr.GuidedGradCam(model, layer).attribute(x, 1, None, mode, of_input))
+
+
+def test_guided_grad_cam_of_functional_relus() -> None:
+    """Captum sees no functional ReLU: both factors by themselves are the truth."""
+    model, x = built(Reused), images()
+    cam = captum.attr.LayerGradCam(model, model.norm).attribute(x, 2, relu_attributions=True)
+    expected = attr.GuidedBackprop(model).attribute(x, 2) * torch.nn.functional.interpolate(cam, x.shape[2:])
+    assert expected.abs().max() > 0
+    close(attr.GuidedGradCam(model, "norm").attribute(x, 2), expected)
+
+
+def test_a_tuple_of_inputs_of_which_one_is_no_image() -> None:
+    model, x, about = built(Reused), images(), torch.randn(3, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="cannot be interpolated to an input"):
+        first, second = attr.GuidedGradCam(model, "norm").attribute((x, about), 2)
+    close(first, attr.GuidedGradCam(model, "norm").attribute(x, 2, about))
+    assert second.numel() == 0
+    with pytest.raises((ValueError, RuntimeError)):
+        attr.GuidedGradCam(model, "fc").attribute(x, 2)
+
+
+def test_interpolate() -> None:
+    maps = torch.rand(2, 1, 3, 3)
+    for mode in ("nearest", "bilinear"):
+        theirs = captum.attr.LayerAttribution.interpolate(maps, (7, 5), mode)
+        close(attr.LayerAttribution.interpolate(maps, (7, 5), mode), theirs)
+        close(attr.LayerGradCam.interpolate(maps, (7, 5), mode), theirs)
+
+
+def test_extra_arguments_and_several_inputs() -> None:
+    model, x, about = built(Reused), images(), torch.randn(3, 3, dtype=torch.float64)
+    theirs = captum.attr.LayerGradCam(model, model.norm)
+    ours = attr.LayerGradCam(model, "norm")
+    close(ours.attribute((x, about), 1, 2.0), theirs.attribute((x, about), 1, 2.0))
+    close(ours.attribute(x, 1, (about, -3.0)), theirs.attribute(x, 1, (about, -3.0)))
+
+
+def test_of_a_layer_used_twice_the_last_run_counts() -> None:
+    model, x = built(Reused), images()
+    for of_input in (False, True):
+        close(
+            attr.LayerGradCam(model, "conv").attribute(x, 1, None, of_input),
+            captum.attr.LayerGradCam(model, model.conv).attribute(x, 1, None, of_input),
+        )
+    # By hand: the second run reads b, and its output goes through a ReLU and the skip to the pooled map.
+    a = model.stem(x).relu()
+    b = model.norm(model.conv(a)).relu()
+    second = model.conv(b).detach().requires_grad_()
+    pooled = torch.nn.functional.adaptive_avg_pool2d(second.relu() + a.detach(), 4).flatten(1)
+    score = model.fc(torch.cat([pooled, x.new_zeros(3, 3)], 1))[:, 1].sum()
+    (gradient,) = torch.autograd.grad(score, second)
+    close(attr.LayerGradientXActivation(model, "conv").attribute(x, 1), (gradient * second).detach())
+
+
+def test_a_layer_that_gives_a_tuple() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x.square()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.pair(x)
+            return (first * 3 + second).sum((2, 3))
+
+    model, x = Model(), images()
+    first, second = attr.LayerGradientXActivation(model, "pair").attribute(x, 0)
+    close(first[:, :1], 6 * x[:, :1])
+    close(second[:, :1], x[:, :1].square())
+    assert not first[:, 1:].any()
+    cams = attr.LayerGradCam(model, "pair").attribute(x, 0)
+    close(cams[0], 6 * x[:, :1])
+    assert [tuple(v.shape) for v in attr.LayerActivation(model, "pair").attribute(x)] == [tuple(x.shape)] * 2
+    with pytest.raises(AssertionError, match="multiple inputs / outputs"):
+        attr.GuidedGradCam(model, "pair").attribute(x, 0)
+
+
+@given(st.integers(0, 3), st.sampled_from(["features.1", "features.4"]), st.integers(4, 9), st.data())
+def test_batches_of_any_size(count: int, name: str, size: int, data: st.DataObject) -> None:
+    model, x = built(Plain), images(count, size)
+    target = data.draw(st.lists(st.integers(-5, 4), min_size=count, max_size=count))
+    result = attr.LayerGradCam(model, name).attribute(x, target)
+    side = size if name == "features.1" else size // 2
+    assert result.shape == (count, 1, side, side)
+    for i in range(count):
+        close(
+            result[i : i + 1],
+            captum.attr.LayerGradCam(model, model.get_submodule(name)).attribute(x[i : i + 1], target[i]),
+        )
+
+
+# --------------------------------------------------------------------------------------------- finding layers
+
+
+def test_auto_is_the_last_layer_that_gives_maps() -> None:
+    x = images()
+    model = built(Plain)
+    close(attr.LayerActivation(model, "auto").attribute(x), model.features(x).detach())
+    model = built(ConvHead)
+    close(attr.LayerActivation(model, "auto").attribute(x), model.classifier[:3](model.features(x)).detach())
+    # Layers that end together are one; what has a single position is no map.
+    method = attr.LayerGradCam(built(Plain), "auto")
+    assert method.attribute(x, 0).shape == (3, 1, 6, 6)
+    with pytest.raises(ValueError, match="finds no layer of this model that gives maps"):
+        attr.LayerGradCam(nn.Sequential(nn.Flatten(), nn.Linear(432, 2)).double(), "auto").attribute(x, 0)
+
+
+def test_a_layer_named_auto_is_that_layer() -> None:
+    model = nn.Sequential()
+    model.add_module("auto", nn.Conv2d(3, 2, 3))
+    model.add_module("relu", nn.ReLU())
+    model.add_module("mean", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flat", nn.Flatten())
+    x = images().float()
+    close(attr.LayerActivation(model, "auto").attribute(x), model[0](x).detach(), 1e-5)
+
+
+@pytest.mark.parametrize("method", LAYER_METHODS)
+def test_layers_that_are_none(method: type) -> None:
+    model, x = built(Plain), images()
+    with pytest.raises(ValueError, match="'features.9'"):
+        method(model, "features.9")
+    with pytest.raises(TypeError, match="layer must be a module"):
+        method(model, 3)
+    with pytest.raises(ValueError, match="is a name, but forward_func is no nn.Module"):
+        method(lambda x: model(x), "features.0")
+    with pytest.raises(TypeError, match="forward_func must be callable"):
+        method("model", model.fc)
+    with pytest.raises(AssertionError, match="did not run in this forward"):
+        method(model, "unused").attribute(x, 0)
+    assert method(lambda x: model(x), model.features).attribute(x, 0).shape[0] == 3
+    with pytest.raises(AssertionError, match="did not run"):
+        attr.LayerActivation(model, "unused").attribute(x)
+
+
+def test_captums_errors_for_targets() -> None:
+    model, x = built(Plain), images()
+    for method in (*LAYER_METHODS, attr.GuidedGradCam, attr.Cam):
+        ours = method(model, model.features)
+        with pytest.raises(IndexError):
+            ours.attribute(x, 5)
+        with pytest.raises(IndexError):
+            ours.attribute(x, [0, 1, -6])
+        with pytest.raises(AssertionError, match="Target not provided when necessary"):
+            ours.attribute(x)
+        with pytest.raises(AssertionError, match="Target list length does not match output"):
+            ours.attribute(x, [0, 1])
+        with pytest.raises(AssertionError):
+            ours.attribute(x, 1.5)
+        with pytest.raises(IndexError):
+            ours.attribute_many(x, [0, 7])
+        with pytest.raises(ValueError, match="targets_per_pass"):
+            ours.attribute_many(x, [0, 1], targets_per_pass=0)
+
+
+def test_segmentation_takes_tuples() -> None:
+    model, x = built(Segmentation), images()
+    for target in ((2, 3, 4), [(0, 1, 1), (1, 2, 3), (2, 11, 11)]):
+        close(
+            attr.LayerGradCam(model, "body").attribute(x, target),
+            captum.attr.LayerGradCam(model, model.body).attribute(x, target),
+        )
+    many = attr.LayerCam(model, "body").attribute_many(x, [(0, 1, 1), (2, 3, 4)])
+    close(many[1], attr.LayerCam(model, "body").attribute(x, (2, 3, 4)))
+
+
+# ------------------------------------------------------------------------------------- many targets, settings
+
+
+@pytest.mark.parametrize("method", (*LAYER_METHODS, attr.GuidedGradCam, attr.Cam, attr.EigenCam))
+def test_many_targets_are_each_target(method: type) -> None:
+    model, x = built(Plain), images()
+    targets = [3, [0, 1, 2], torch.tensor([4, 4, 0]), -1]
+    ours = method(model, "features")
+    for at_once in (None, 1, 3):
+        many = ours.attribute_many(x, targets, targets_per_pass=at_once)
+        assert many.shape[:2] == (4, 3)
+        for k, target in enumerate(targets):
+            close(many[k], ours.attribute(x, target))
+    assert ours.attribute_many(x, torch.tensor([[0, 1, 2], [3, 4, 0]])).shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "method", (*LAYER_METHODS, attr.LayerActivation, attr.GuidedGradCam, attr.Cam, attr.EigenCam)
+)
+def test_nothing_is_left_behind(method: type) -> None:
+    model, x = built(Plain), images()
+    x.requires_grad_()
+    before, copy = state(model), x.detach().clone()
+    ours = method(model, "features.1")  # changes in place what the layer below it gave
+    arguments = () if method is attr.LayerActivation else (1,)
+    result = ours.attribute(x, *arguments) if method is not attr.Cam else method(model).attribute(x, 1)
+    assert not result.requires_grad and x.grad is None and x.requires_grad
+    assert torch.equal(x.detach(), copy) and state(model) == before
+    if method not in (attr.LayerActivation, attr.EigenCam):  # those have no target
+        with pytest.raises((IndexError, ValueError)):
+            ours.attribute(x, 9)
+        assert state(model) == before
+
+    def interrupted(x: Tensor) -> Tensor:
+        model(x)
+        raise KeyboardInterrupt
+
+    if method not in (attr.GuidedGradCam, attr.Cam):
+        with pytest.raises(KeyboardInterrupt):
+            method(interrupted, model.features).attribute(x, *arguments)
+        assert state(model) == before and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("method", (*LAYER_METHODS, attr.GuidedGradCam, attr.EigenCam))
+def test_callers_of_all_kinds(method: type) -> None:
+    model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
+    ours = method(model, "features.4")
+    expected = ours.attribute(x, 1)
+    with torch.no_grad():
+        close(ours.attribute(x, 1), expected, 1e-5)
+    close(ours.attribute(x.contiguous(memory_format=torch.channels_last), 1).contiguous(), expected, 1e-4)
+    frozen = built(Plain, dtype=torch.float32).requires_grad_(False)
+    close(method(frozen, "features.4").attribute(x, 1), expected, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = ours.attribute(x, 1)
+    assert (rough.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    half = method(built(Plain, dtype=torch.bfloat16), "features.4").attribute(x.bfloat16(), 1)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    if method.__name__ != "EigenCam":
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+            ours.attribute(x, 1)
+
+
+def test_activations_of_integers_and_without_autograd() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3))
+    words = torch.tensor([[1, 2], [3, 4]])
+    with torch.inference_mode():
+        close(attr.LayerActivation(model, "0").attribute(words), model[0](words))
+    close(
+        attr.LayerGradientXActivation(lambda w: model(w).sum(1), model[0]).attribute(words, 1),
+        captum.attr.LayerGradientXActivation(lambda w: model(w).sum(1), model[0]).attribute(words, 1),
+        1e-6,
+    )
+
+
+def test_two_threads_read_one_model() -> None:
+    model, x = built(Plain), images(2)
+    expected = [attr.LayerGradCam(model, "features.4").attribute(x, k) for k in range(4)]
+    wrong: list[int] = []
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            if not torch.equal(attr.LayerGradCam(model, "features.4").attribute(x, k), expected[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_models_that_change_their_input_in_place() -> None:
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2)
+            return self.conv(x).relu_().mean((2, 3))
+
+    model, x = built(Greedy), images()
+    copy = x.clone()
+    expected = captum.attr.LayerGradCam(model, model.conv).attribute(x.clone(), 1)
+    close(attr.LayerGradCam(model, "conv").attribute(x, 1), expected)
+    close(attr.LayerActivation(model, "conv").attribute(x), model.conv(2 * x).detach())
+    assert attr.GuidedGradCam(model, "conv").attribute(x, 1).shape == x.shape
+    assert torch.equal(x, copy)
