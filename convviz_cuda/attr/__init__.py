@@ -6,9 +6,11 @@ from .deconvolution import Deconvolution, NeuronDeconvolution
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .input_x_gradient import InputXGradient
 from .occlusion import Occlusion
+from .rise import RISE
 from .saliency import Saliency
 
 __all__ = [
+    "RISE",
     "Deconvolution",
     "GuidedBackprop",
     "InputXGradient",
