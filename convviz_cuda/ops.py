@@ -35,6 +35,7 @@ from .checks import (
     rule_code,
     two_layouts,
 )
+from .mask_ops import mask_images, mask_images_, philox
 from .reference import GRADIENT, IDENTITY, RULES
 from .window_ops import (
     add_windows_,
@@ -54,8 +55,11 @@ __all__ = [
     "conv2d_input_grad",
     "gather_windows",
     "gather_windows_",
+    "mask_images",
+    "mask_images_",
     "max_abs_channels",
     "occlude",
+    "philox",
     "pool_windows",
     "relu",
     "relu_",

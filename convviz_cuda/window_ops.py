@@ -153,7 +153,7 @@ def gather_windows(
     return gather_windows_op(base, patch, *tables, two_ints("size", size, 0), pad, bias, low, high)
 
 
-def _change(op: Callable[..., None], out: Tensor, *arguments: Any) -> None:
+def change(op: Callable[..., None], out: Tensor, *arguments: Any) -> None:
     """Runs an op that changes ``out``, so that autograd notices: a kernel writes to memory and tells nobody."""
     if torch.compiler.is_compiling() or out.is_inference():
         op(out, *arguments)
@@ -186,7 +186,7 @@ def gather_windows_(
     bias = checked_bias(bias, patch)
     check_bounds(low, high)
     tables = contiguous(variants, rows, cols)
-    _change(gather_windows_inplace_op, out, base, patch, *tables, channel, pad, bias, low, high)
+    change(gather_windows_inplace_op, out, base, patch, *tables, channel, pad, bias, low, high)
 
 
 def add_windows_(
@@ -207,7 +207,7 @@ def add_windows_(
     check_sources(base, patch, variants, rows, cols, 2)
     check_out(out, patch, 0, patch.shape[1])
     check_bounds(low, high)
-    _change(add_windows_inplace_op, out, base, patch, *contiguous(variants, rows, cols), low, high)
+    change(add_windows_inplace_op, out, base, patch, *contiguous(variants, rows, cols), low, high)
 
 
 # ------------------------------------------------------------------------------------------------ pooling

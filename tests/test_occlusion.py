@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from convviz_cuda.attr import Occlusion, occlusion
-from convviz_cuda.attr._masked import _PeakBytes
+from convviz_cuda.attr._masked import PeakBytes
 from convviz_cuda.attr._windows import WindowGrid
 
 
@@ -487,7 +487,7 @@ def test_memory_limit_is_kept_to(copies):
     def function(x):
         return scores(torch.stack([x] * 10)[0].mean((2, 3)))
 
-    with _PeakBytes(True) as peak:
+    with PeakBytes(True) as peak:
         Occlusion(function).attribute(x, (3, 8, 8), (3, 8, 8), target=1, memory_limit=copies * one)
     result = 4 * x.numel()
     assert one < peak.bytes <= copies * one + 8 * result

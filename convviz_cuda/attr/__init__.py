@@ -17,7 +17,9 @@ from .layer_grad_cam import CounterfactualGradCam, LayerGradCam
 from .layer_gradient_x_activation import LayerGradientXActivation
 from .multi_cam import multi_cam
 from .occlusion import Occlusion
+from .rise import RISE
 from .saliency import Saliency
+from .score_cam import ScoreCam
 from .x_grad_cam import XGradCam
 
 __all__ = [
@@ -38,7 +40,9 @@ __all__ = [
     "NeuronDeconvolution",
     "NeuronGuidedBackprop",
     "Occlusion",
+    "RISE",
     "Saliency",
+    "ScoreCam",
     "XGradCam",
     "multi_cam",
 ]

@@ -48,13 +48,13 @@ class MaskedForward:
         self.forward_func, self.target, self.args = forward_func, target, extra_args(args)
         self.inputs, self.fills, self.grids = [x.detach() for x in inputs], fills, grids
         self.memory_limit = memory_limit
-        with _PeakBytes(memory_limit is not None) as peak:
+        with PeakBytes(memory_limit is not None) as peak:
             output, scores = self._forward([x.clone() for x in self.inputs], 1)
         self.peak_bytes = peak.bytes
         self.output_shape, self.scores_shape = tuple(output.shape), tuple(scores.shape)
         # A clone: it may be a view of what the function changes at its next call.
         self.clean = self._flat(scores).clone()
-        self.layouts = [_memory_format(x) for x in self.inputs]
+        self.layouts = [memory_format(x) for x in self.inputs]
 
     def _forward(self, given: list[Tensor], copies: int) -> tuple[Tensor, Tensor]:
         args, target = self.args, self.target
@@ -111,7 +111,7 @@ class MaskedForward:
         together = copies >= 3  # what the check takes at once
         if self.memory_limit is not None and not together:
             return 1
-        turned = [torch.channels_last if gains_turned(x) else _memory_format(x) for x in self.inputs]
+        turned = [torch.channels_last if gains_turned(x) else memory_format(x) for x in self.inputs]
         for layouts in [turned] * (turned != self.layouts) + [self.layouts] * together:
             if self._rows_independent(layouts, together):
                 self.layouts = layouts
@@ -150,21 +150,12 @@ class MaskedForward:
             return False
         finite = expected[expected.isfinite()]
         largest = finite.abs().max().item() if finite.numel() else 0.0
-        same = torch.allclose(found, expected, rtol=0, atol=self._rounding() * largest, equal_nan=True)
+        same = torch.allclose(
+            found, expected, rtol=0, atol=rounding(self.inputs, self.clean.dtype) * largest, equal_nan=True
+        )
         if same:
             self.clean = found[:1].clone()  # rounded as the occluded scores will be
         return same
-
-    def _rounding(self) -> float:
-        """The largest of the dtypes that the scores may have been computed in."""
-        device = self.inputs[0].device.type
-        dtypes = [x.dtype for x in self.inputs if x.is_floating_point()]
-        if self.clean.dtype == torch.float32:
-            dtypes.append(torch.float32)
-        if torch.is_autocast_enabled(device):
-            dtypes.append(torch.get_autocast_dtype(device))
-        tf32 = device == "cuda" and torch.float32 in dtypes and _tf32()
-        return max([ROUNDING.get(dtype, 0.0) for dtype in dtypes] + [TF32_ROUNDING if tf32 else 0.0])
 
     # ------------------------------------------------------------------------------------------ the windows
 
@@ -271,6 +262,18 @@ def _repeated(x: Tensor, room: Tensor, copies: int) -> Tensor:
     return batches.copy_(x)
 
 
+def rounding(inputs: Sequence[Tensor], scores: torch.dtype) -> float:
+    """The largest of the dtypes that scores may have been computed in, see ROUNDING."""
+    device = inputs[0].device.type
+    dtypes = [x.dtype for x in inputs if x.is_floating_point()]
+    if scores == torch.float32:
+        dtypes.append(torch.float32)
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    tf32 = device == "cuda" and torch.float32 in dtypes and _tf32()
+    return max([ROUNDING.get(dtype, 0.0) for dtype in dtypes] + [TF32_ROUNDING if tf32 else 0.0])
+
+
 def _tf32() -> bool:
     try:
         return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
@@ -278,7 +281,7 @@ def _tf32() -> bool:
         return True
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     if not x.is_contiguous():
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
@@ -287,7 +290,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-class _PeakBytes(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):
     """The most bytes of tensors that operations inside the block held at once; not their inputs from before."""
 
     def __init__(self, active: bool) -> None:
@@ -295,7 +298,7 @@ class _PeakBytes(TorchDispatchMode):
         self.active, self.bytes = active, 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __enter__(self) -> _PeakBytes:
+    def __enter__(self) -> PeakBytes:
         return super().__enter__() if self.active else self
 
     def __exit__(self, *exception: Any) -> None:

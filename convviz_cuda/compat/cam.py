@@ -51,7 +51,7 @@ SMOOTHING = tuple((flipped, factor) for flipped in (False, True) for factor in (
 
 
 class ClassifierOutputTarget:
-    """The score of a class. Raises TypeError for what is no int, and when called IndexError for a class out of range."""
+    """The score of a class; TypeError for what is no int, and when called IndexError for a class out of range."""
 
     def __init__(self, category: int) -> None:
         if isinstance(category, Tensor | np.ndarray):
@@ -261,9 +261,7 @@ class GradCAM:
         if self.reshape_transform is not None:
             value = self.reshape_transform(value)
             gradient = None if gradient is None else self.reshape_transform(gradient)
-        maps = self._weighed(
-            value.float(), None if gradient is None else gradient.float(), images, targets, eigen_smooth
-        )
+        maps = self._weighed(value, gradient, images, targets, eigen_smooth).float()
         return upsampled(_scaled(maps.relu()[:, 0])[:, None], images.shape[2:])[:, 0]
 
     def _weighed(
