@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attribution_cases import ConvHead, Plain, Reused, built, images
+from attribution_cases import ConvHead, Plain, Reused, Uneven, built, images
 from hypothesis import given
 from hypothesis import strategies as st
 from test_layers import close
@@ -21,16 +21,6 @@ def at_layer(model: nn.Module, x: Tensor, target: int) -> tuple[Tensor, Tensor]:
     values = model.features(x).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(model.fc(values.mean((2, 3)))[:, target].sum(), values)
     return values.detach(), gradient
-
-
-# A head whose gradients differ from place to place, as Grad-CAM++, LayerCAM and HiResCAM want to see.
-class Uneven(Plain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 5), nn.Tanh(), nn.Linear(5, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.features(x))
 
 
 def uneven(x: Tensor, target: int) -> tuple[nn.Module, Tensor, Tensor]:
