@@ -5,6 +5,7 @@ from __future__ import annotations
 from .deconvolution import Deconvolution, NeuronDeconvolution
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .input_x_gradient import InputXGradient
+from .integrated_gradients import IntegratedGradients
 from .occlusion import Occlusion
 from .saliency import Saliency
 
@@ -12,6 +13,7 @@ __all__ = [
     "Deconvolution",
     "GuidedBackprop",
     "InputXGradient",
+    "IntegratedGradients",
     "NeuronDeconvolution",
     "NeuronGuidedBackprop",
     "Occlusion",

@@ -127,7 +127,7 @@ class GradientAttribution:
                     f"The model has scripted modules, which cannot be looked into: the rule {self.rule!r} does not act "
                     "on their ReLUs.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         return output
 
@@ -141,6 +141,26 @@ class GradientAttribution:
     ) -> Inputs:
         """One recorded forward, then ``differentiate(output, leaves)`` in the same context."""
         tensors = as_tuple(inputs)
+        found = self._differentiated(tensors, args, differentiate, forward)
+        result = result or self._result
+        results: list[Tensor] = []
+        for gradient, tensor in zip(found, tensors, strict=True):
+            one = result(restore(gradient, tensor), tensor.detach())
+            shared = any(one.data_ptr() == other.data_ptr() and one.numel() for other in results)
+            results.append(one.clone() if shared else one)
+        return tuple(results) if isinstance(inputs, tuple) else results[0]
+
+    def _differentiated(
+        self,
+        tensors: tuple[Tensor, ...],
+        args: Any,
+        differentiate: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        forward: Callable[..., Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What ``differentiate(output, leaves)`` gives after one recorded forward, in any memory layout.
+
+        Images of CPUs are passed on in channels_last; if that fails, all of it is done again in the caller's layout.
+        """
         xs = leaves(tensors)
 
         def run(xs: tuple[Tensor, ...], ours: bool) -> tuple[Tensor, ...]:
@@ -150,23 +170,15 @@ class GradientAttribution:
                 given = xs if ours else tuple(x.clone() for x in xs)
                 return differentiate((forward or self._forward)(session, given, args), xs)
 
-        found = None
         fast = None if self._layout_matters else turned(xs)
         if fast is not None:
             # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
             # error comes again.
             with contextlib.suppress(RuntimeError):
-                found = run(fast, True)
-        if found is None:
-            found = run(xs, False)
-            self._layout_matters = fast is not None or self._layout_matters
-        result = result or self._result
-        results: list[Tensor] = []
-        for gradient, tensor in zip(found, tensors, strict=True):
-            one = result(restore(gradient, tensor), tensor.detach())
-            shared = any(one.data_ptr() == other.data_ptr() and one.numel() for other in results)
-            results.append(one.clone() if shared else one)
-        return tuple(results) if isinstance(inputs, tuple) else results[0]
+                return run(fast, True)
+        found = run(xs, False)
+        self._layout_matters = fast is not None or self._layout_matters
+        return found
 
 
 class TargetAttribution(GradientAttribution):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..checks import DTYPES
 from ..progress import Progress
 from ..window_ops import occlude
-from ._inputs import Target, extra_args, gains_turned, select_scores
+from ._inputs import Target, extra_args, gains_turned, repeated_args, repeated_target, select_scores
 from ._windows import WindowGrid
 
 # Examples of one forward, and the bytes of its inputs, when the choice is ours. A CPU gains little from more and pays
@@ -57,15 +57,9 @@ class MaskedForward:
         self.layouts = [_memory_format(x) for x in self.inputs]
 
     def _forward(self, given: list[Tensor], copies: int) -> tuple[Tensor, Tensor]:
-        args, target = self.args, self.target
-        if copies > 1:  # what belongs to the examples is repeated as they are
-            args = tuple(
-                torch.cat([a] * copies) if isinstance(a, Tensor) and a.dim() else a for a in self.args
-            )
-            if isinstance(target, list):
-                target = target * copies
-            elif isinstance(target, Tensor) and target.numel() > 1:
-                target = target.repeat(copies)
+        # What belongs to the examples is repeated as they are.
+        args = repeated_args(self.args, copies, len(self.inputs[0]))
+        target = repeated_target(self.target, copies)
         output = self.forward_func(*given, *args)
         if isinstance(output, numbers.Real):
             output = torch.tensor(output, dtype=torch.float64)
@@ -306,7 +300,7 @@ class _PeakBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
                 self._live.setdefault(reference.cdata, (reference, storage.nbytes()))
