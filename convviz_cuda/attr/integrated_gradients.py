@@ -220,7 +220,7 @@ class IntegratedGradients(GradientAttribution):
         """The sum of each example's attributions minus the difference of its scores, ``(N,)``, in float32 at least.
 
         Args:
-            attributions: what :meth:`attribute` returned for the inputs ``end_point`` and the baselines ``start_point``.
+            attributions: what :meth:`attribute` returned for the inputs ``end_point`` and baselines ``start_point``.
             target, additional_forward_args: as they were given there.
 
         Raises AssertionError for attributions of another number of examples than ``end_point``.
@@ -266,8 +266,8 @@ class IntegratedGradients(GradientAttribution):
         explicit = internal_batch_size is not None
         if explicit and internal_batch_size < size:
             warnings.warn(
-                f"internal_batch_size is {internal_batch_size}, less than the {size} examples: each pass takes one point "
-                "of all of them.",
+                f"internal_batch_size is {internal_batch_size}, less than the {size} examples: each pass takes one "
+                "point of all of them.",
                 UserWarning,
                 stacklevel=3,
             )
