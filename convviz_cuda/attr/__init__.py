@@ -6,6 +6,7 @@ from .deconvolution import Deconvolution, NeuronDeconvolution
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .input_x_gradient import InputXGradient
 from .integrated_gradients import IntegratedGradients
+from .noise_tunnel import NoiseTunnel
 from .occlusion import Occlusion
 from .saliency import Saliency
 
@@ -16,6 +17,7 @@ __all__ = [
     "IntegratedGradients",
     "NeuronDeconvolution",
     "NeuronGuidedBackprop",
+    "NoiseTunnel",
     "Occlusion",
     "Saliency",
 ]

@@ -30,6 +30,8 @@ from ._taps import tapped
 # Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
 # multiprocessors busy, few enough that its signals stay a small multiple of one forward's activations.
 EXAMPLES_PER_PASS = 32
+# Examples of one forward and its backward where many have to pass: more gain little and take memory.
+EXAMPLES = {"cpu": 16, "cuda": 128}
 
 
 class _Stop(BaseException):

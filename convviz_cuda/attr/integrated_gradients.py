@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..progress import Progress
 from ._gradient import (
+    EXAMPLES,
     EXAMPLES_PER_PASS,
     GradientAttribution,
     check_at_once,
@@ -40,9 +41,8 @@ Baselines = float | Tensor | tuple[float | Tensor, ...] | None
 Sums = Callable[[Any, tuple[Tensor, ...], list[float]], tuple[Tensor, ...]]
 
 METHODS = ("riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid", "gausslegendre")
-# What one pass takes if the choice is ours: as many examples as keep the device busy, and so many bytes of tensors. A
-# process on a CPU holds up to three times as much, with what kernels and the allocator keep: less than 1 GB.
-EXAMPLES = {"cpu": 16, "cuda": 128}
+# Bytes of tensors in one pass, if the choice is ours. A process on a CPU holds up to three times as much, with what
+# kernels and the allocator keep: less than 1 GB.
 MEMORY_LIMIT = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
