@@ -11,11 +11,13 @@ from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .guided_grad_cam import GuidedGradCam
 from .hi_res_cam import HiResCam
 from .input_x_gradient import InputXGradient
+from .integrated_gradients import IntegratedGradients
 from .layer_activation import LayerActivation
 from .layer_cam import LayerCam
 from .layer_grad_cam import CounterfactualGradCam, LayerGradCam
 from .layer_gradient_x_activation import LayerGradientXActivation
 from .multi_cam import multi_cam
+from .noise_tunnel import NoiseTunnel
 from .occlusion import Occlusion
 from .rise import RISE
 from .saliency import Saliency
@@ -32,6 +34,7 @@ __all__ = [
     "GuidedGradCam",
     "HiResCam",
     "InputXGradient",
+    "IntegratedGradients",
     "LayerActivation",
     "LayerAttribution",
     "LayerCam",
@@ -39,6 +42,7 @@ __all__ = [
     "LayerGradientXActivation",
     "NeuronDeconvolution",
     "NeuronGuidedBackprop",
+    "NoiseTunnel",
     "Occlusion",
     "RISE",
     "Saliency",

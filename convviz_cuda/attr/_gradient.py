@@ -30,6 +30,8 @@ from ._taps import tapped
 # Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
 # multiprocessors busy, few enough that its signals stay a small multiple of one forward's activations.
 EXAMPLES_PER_PASS = 32
+# Examples of one forward and its backward where many have to pass: more gain little and take memory.
+EXAMPLES = {"cpu": 16, "cuda": 128}
 
 
 class _Stop(BaseException):
@@ -127,7 +129,7 @@ class GradientAttribution:
                     f"The model has scripted modules, which cannot be looked into: the rule {self.rule!r} does not act "
                     "on their ReLUs.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         return output
 
@@ -153,6 +155,23 @@ class GradientAttribution:
     ) -> Inputs:
         """One recorded forward, then ``differentiate(output, leaves)`` in the same context."""
         tensors = as_tuple(inputs)
+        found = self._differentiated(tensors, args, differentiate, forward)
+        result = result or self._result
+        results: list[Tensor] = []
+        for gradient, tensor in zip(found, tensors, strict=True):
+            one = result(restore(gradient, tensor), tensor.detach())
+            shared = any(one.data_ptr() == other.data_ptr() and one.numel() for other in results)
+            results.append(one.clone() if shared else one)
+        return tuple(results) if isinstance(inputs, tuple) else results[0]
+
+    def _differentiated(
+        self,
+        tensors: tuple[Tensor, ...],
+        args: Any,
+        differentiate: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        forward: Callable[..., Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What ``differentiate(output, leaves)`` gives after one recorded forward, in any memory layout."""
         xs = leaves(tensors)
 
         def run(xs: tuple[Tensor, ...], ours: bool) -> tuple[Tensor, ...]:
@@ -162,14 +181,7 @@ class GradientAttribution:
                 given = xs if ours else tuple(x.clone() for x in xs)
                 return differentiate((forward or self._forward)(session, given, args), xs)
 
-        found = self._in_best_layout(xs, run)
-        result = result or self._result
-        results: list[Tensor] = []
-        for gradient, tensor in zip(found, tensors, strict=True):
-            one = result(restore(gradient, tensor), tensor.detach())
-            shared = any(one.data_ptr() == other.data_ptr() and one.numel() for other in results)
-            results.append(one.clone() if shared else one)
-        return tuple(results) if isinstance(inputs, tuple) else results[0]
+        return self._in_best_layout(xs, run)
 
 
 class TargetAttribution(GradientAttribution):

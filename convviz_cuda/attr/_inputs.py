@@ -34,6 +34,25 @@ def extra_args(additional_forward_args: Any) -> tuple[Any, ...]:
     )
 
 
+def repeated_args(args: tuple[Any, ...], copies: int, examples: int) -> tuple[Any, ...]:
+    """Additional arguments for ``copies`` batches after each other: tensors with a row for each example repeat."""
+    if copies == 1:
+        return args
+    return tuple(
+        torch.cat([arg] * copies) if isinstance(arg, Tensor) and arg.dim() and len(arg) == examples else arg
+        for arg in args
+    )
+
+
+def repeated_target(target: Target, copies: int) -> Target:
+    """A target for ``copies`` batches after each other: what names one for each example repeats."""
+    if isinstance(target, np.ndarray):
+        target = torch.from_numpy(target)
+    if isinstance(target, list):
+        return target * copies
+    return torch.cat([target] * copies) if isinstance(target, Tensor) and target.numel() > 1 else target
+
+
 def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Tensors to differentiate by, that share the inputs' memory: the caller's keep their flags, whatever happens."""
     if torch.is_inference_mode_enabled():

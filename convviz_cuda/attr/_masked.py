@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..checks import DTYPES
 from ..progress import Progress
 from ..window_ops import occlude
-from ._inputs import Target, extra_args, gains_turned, select_scores
+from ._inputs import Target, extra_args, gains_turned, repeated_args, repeated_target, select_scores
 from ._windows import WindowGrid
 
 # Examples of one forward, and the bytes of its inputs, when the choice is ours. A CPU gains little from more and pays
@@ -57,15 +57,9 @@ class MaskedForward:
         self.layouts = [memory_format(x) for x in self.inputs]
 
     def _forward(self, given: list[Tensor], copies: int) -> tuple[Tensor, Tensor]:
-        args, target = self.args, self.target
-        if copies > 1:  # what belongs to the examples is repeated as they are
-            args = tuple(
-                torch.cat([a] * copies) if isinstance(a, Tensor) and a.dim() else a for a in self.args
-            )
-            if isinstance(target, list):
-                target = target * copies
-            elif isinstance(target, Tensor) and target.numel() > 1:
-                target = target.repeat(copies)
+        # What belongs to the examples is repeated as they are.
+        args = repeated_args(self.args, copies, len(self.inputs[0]))
+        target = repeated_target(self.target, copies)
         output = self.forward_func(*given, *args)
         if isinstance(output, numbers.Real):
             output = torch.tensor(output, dtype=torch.float64)
@@ -126,7 +120,7 @@ class MaskedForward:
         """
         given = []
         for x, fill, grid, layout in zip(self.inputs, self.fills, self.grids, layouts, strict=True):
-            batches = _repeated(x, _room(x, 3, fill.dtype, layout), 3)
+            batches = _repeated(x, room_for(x, 3, fill.dtype, layout), 3)
             batches[1].copy_(fill)
             (region,) = grid.slices(len(grid) // 2, len(grid) // 2 + 1)
             batches[2][(slice(None), *region)] = fill[(slice(None), *region)]
@@ -203,7 +197,7 @@ class MaskedForward:
         """A function from windows ``start`` to ``stop``, at most ``copies``, to the inputs, one of them occluded."""
         occluded = self._occluder(which, copies)
         rooms = [
-            None if i == which else _room(x, copies, x.dtype, layout)
+            None if i == which else room_for(x, copies, x.dtype, layout)
             for i, (x, layout) in enumerate(zip(self.inputs, self.layouts, strict=True))
         ]
 
@@ -218,7 +212,7 @@ class MaskedForward:
     def _occluder(self, which: int, copies: int) -> Callable[[int, int], Tensor]:
         x, fill, grid = self.inputs[which], self.fills[which], self.grids[which]
         if x.dim() != 4 or grid.window[0] != grid.size[0] or x.dtype != fill.dtype or x.dtype not in DTYPES:
-            room = _room(x, copies, fill.dtype, self.layouts[which])
+            room = room_for(x, copies, fill.dtype, self.layouts[which])
 
             def occluded(start: int, stop: int) -> Tensor:
                 batches = _repeated(x, room, stop - start)
@@ -247,7 +241,7 @@ class MaskedForward:
         return occluded_images
 
 
-def _room(x: Tensor, copies: int, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+def room_for(x: Tensor, copies: int, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
     """Memory for ``copies`` batches like ``x``."""
     size = (copies * x.shape[0], *x.shape[1:])
     return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout)
@@ -309,7 +303,7 @@ class PeakBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
                 self._live.setdefault(reference.cdata, (reference, storage.nbytes()))
