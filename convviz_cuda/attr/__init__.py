@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .deconvolution import Deconvolution, NeuronDeconvolution
+from .excitation_backprop import ExcitationBackprop
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .input_x_gradient import InputXGradient
 from .occlusion import Occlusion
@@ -10,6 +11,7 @@ from .saliency import Saliency
 
 __all__ = [
     "Deconvolution",
+    "ExcitationBackprop",
     "GuidedBackprop",
     "InputXGradient",
     "NeuronDeconvolution",
