@@ -19,6 +19,7 @@ Parameters count as constants, whatever their ``requires_grad``.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -29,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import checks, nodes
+from . import checks, excitation, nodes
 from .reference import RULES
 
 BACKWARD_RULES = ("gradient", "deconvnet", "guided")
+EXCITATION = "excitation"  # no rule of ReLUs: its forward records other nodes
 OVERLAPS = ("sum", "overwrite")
 NORMS = ("identity", "gradient")
 _TLS_KEY = "convviz_cuda.backward_rule"
@@ -45,7 +47,7 @@ def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
 
 
 class backward_rule(TorchFunctionMode):
-    """Context in which ReLUs pass the backward signal under a rule.
+    """Context in which ReLUs, or under "excitation" all layers, pass the backward signal under a rule.
 
     ::
 
@@ -54,36 +56,53 @@ class backward_rule(TorchFunctionMode):
 
     Args:
         rule: "gradient" (Simonyan et al. 2013), "deconvnet" (Zeiler & Fergus 2013) or "guided" (Springenberg et al.
-            2014, section 3.4).
+            2014, section 3.4), which are rules of ReLUs; or "excitation" (Zhang et al. 2016): the signal is then a
+            probability that every layer shares out among what excites it, see
+            :class:`convviz_cuda.attr.ExcitationBackprop`.
         overlap: what a value gets that is the maximum of several pooling windows: the "sum" of their signals, which is
             max pooling's gradient, or "overwrite", the largest of them. The papers do not say.
         norm: what local response normalisation does to the signal: "identity" (as in Zeiler & Fergus 2013) or
-            "gradient"; None: the identity under the deconvnet rule and the gradient under the others.
+            "gradient"; None: the identity under the deconvnet and excitation rules and the gradient under the others.
 
     The rule is read when the backward runs: assign :attr:`rule` between two backward passes and one forward
     serves several rules. A backward inside another ``backward_rule`` follows the innermost one; a backward after
     the context follows the rule it was recorded under. The rule acts per operation: a tensor that feeds a ReLU
-    and a skip connection is gated on the ReLU's branch only.
+    and a skip connection is gated on the ReLU's branch only. What was recorded under "excitation" passes probabilities
+    wherever its backward runs, and nothing else does: assigning :attr:`rule` cannot cross that line.
 
     Under "gradient" the result equals PyTorch's and can be differentiated again; under the other rules a second
     differentiation raises RuntimeError. Layers without a rule pass their ordinary gradient. What a checkpoint
     (``torch.utils.checkpoint``) computes again in the backward is not seen: switch checkpoints off. Warns (UserWarning)
     about training-mode batch norm and dropout, and about a forward in which no ReLU was seen, as in scripted
-    or traced modules and where ``clamp`` stands for a ReLU.
+    or traced modules and where ``clamp`` stands for a ReLU; under "excitation", when a signal meets an operation that
+    has no rule there and passes its ordinary gradient.
 
-    Raises ValueError for an unknown rule, overlap or norm.
+    Raises ValueError for an unknown rule, overlap or norm, and under "excitation" for the overlap "overwrite" and the
+    norm "gradient", which keep no sums.
     """
 
     def __init__(self, rule: str, *, overlap: str = "sum", norm: str | None = None) -> None:
         super().__init__()
-        self._rule = _one_of("rule", rule, BACKWARD_RULES)
+        self._rule = _one_of("rule", rule, (*BACKWARD_RULES, EXCITATION))
         self._overlap = _one_of("overlap", overlap, OVERLAPS)
         self._norm = _one_of("norm", norm, (*NORMS, None))
+        self._excites = self._rule == EXCITATION
+        self._handlers = _HANDLERS
+        if self._excites:
+            if overlap == "overwrite" or norm == "gradient":
+                raise ValueError(
+                    f"The rule {EXCITATION!r} shares probabilities out, so overlap must be 'sum' and norm 'identity', "
+                    f"but they are {overlap!r} and {norm!r}."
+                )
+            from . import excitation_rules  # which imports this module
+
+            self._handlers = excitation_rules.HANDLERS
         self._outer: list[Any] = []
         self.rectifiers = 0
         self.layers = 0
         self.expects_rectifier = True
         self.layout_turned = False
+        self.warned = False
 
     @property
     def rule(self) -> str:
@@ -92,7 +111,12 @@ class backward_rule(TorchFunctionMode):
 
     @rule.setter
     def rule(self, rule: str) -> None:
-        self._rule = _one_of("rule", rule, BACKWARD_RULES)
+        rule = _one_of("rule", rule, (*BACKWARD_RULES, EXCITATION))
+        if (rule == EXCITATION) != self._excites:
+            raise ValueError(
+                f"A forward under {self._rule!r} records other nodes than one under {rule!r}: open another context."
+            )
+        self._rule = rule
 
     def __enter__(self) -> backward_rule:
         # This slot is copied to autograd's own threads, which a threading.local is not.
@@ -103,24 +127,29 @@ class backward_rule(TorchFunctionMode):
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)
         torch._C._stash_obj_in_tls(_TLS_KEY, self._outer.pop())
-        silent = self._rule == "gradient" or not self.expects_rectifier
+        silent = self._rule in ("gradient", EXCITATION) or not self.expects_rectifier
         if kind is None and self.layers and not self.rectifiers and not silent:
             _warn(
                 f"No ReLU was seen in this forward, so the rule {self._rule!r} gives the plain gradient. Scripted, "
                 "traced or compiled modules cannot be looked into, and clamp(min=0) or F.threshold is no ReLU here."
             )
 
+    def _now(self) -> backward_rule:
+        """The context that a backward follows: the innermost of this one's kind, outside of all this one."""
+        inner = _innermost()
+        return inner if inner is not None and inner._excites == self._excites else self
+
     def rule_now(self) -> int:
-        """The code of the rule that a backward follows: the innermost context's, outside of all this one's."""
-        return RULES[(_innermost() or self).rule]
+        """The code of the rule that a backward follows."""
+        return RULES[self._now().rule]
 
     def overwrites_now(self) -> bool:
         """Whether the largest of overlapping signals wins, under the context that :meth:`rule_now` follows."""
-        return (_innermost() or self)._overlap == "overwrite"
+        return self._now()._overlap == "overwrite"
 
     def skips_norm_now(self) -> bool:
         """Whether contrast normalisation is the identity, under the context that :meth:`rule_now` follows."""
-        now = _innermost() or self
+        now = self._now()
         return now._norm == "identity" if now._norm is not None else now.rule == "deconvnet"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +161,7 @@ class backward_rule(TorchFunctionMode):
         if kwargs:
             _collect(kwargs.values(), tensors)
         read = [node for node in map(_relu_node, tensors) if node is not None]
-        handler = _HANDLERS.get(func)
+        handler = self._handlers.get(func)
         out = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
         if read:
             results: list[Tensor] = []
@@ -140,7 +169,26 @@ class backward_rule(TorchFunctionMode):
             if func in _ESCAPES or any(tensor.requires_grad for tensor in results):
                 for node in read:
                     node.consumers += 1
+        if self._excites:
+            results = []
+            _collect((out,), results)
+            self.look(results)
         return out
+
+    def look(self, results: list[Tensor]) -> None:
+        """Watches what made these tensors, under "excitation": an operation without a rule is warned about once."""
+        excitation.look(results, functools.partial(_pass_no_probabilities, weakref.ref(self)))
+
+
+def _pass_no_probabilities(session: weakref.ref[backward_rule], operation: str) -> None:
+    now = session()
+    if now is None or not now.warned:
+        if now is not None:
+            now.warned = True
+        _warn(
+            f"The rule {EXCITATION!r} does not know {operation}, which passes its ordinary gradient: below it the "
+            "signals are no probabilities."
+        )
 
 
 def _innermost() -> backward_rule | None:

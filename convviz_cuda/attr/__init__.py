@@ -6,6 +6,7 @@ from ._layer import LayerAttribution
 from .cam import Cam
 from .deconvolution import Deconvolution, NeuronDeconvolution
 from .eigen_cam import EigenCam
+from .excitation_backprop import ExcitationBackprop
 from .grad_cam_plus_plus import GradCamPlusPlus
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .guided_grad_cam import GuidedGradCam
@@ -29,6 +30,7 @@ __all__ = [
     "CounterfactualGradCam",
     "Deconvolution",
     "EigenCam",
+    "ExcitationBackprop",
     "GradCamPlusPlus",
     "GuidedBackprop",
     "GuidedGradCam",

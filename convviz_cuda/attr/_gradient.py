@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from ..rules import backward_rule
 from ._inputs import (
@@ -56,23 +57,31 @@ def many_gradients(
             for result, gradient in zip(results, found, strict=True):
                 result[k] = gradient
         return results
-    probe = output.detach().requires_grad_()
-    seeds = torch.stack([torch.autograd.grad(score(probe).sum(), probe)[0] for score in scores])
+    seeds = score_seeds(output, scores)
     return seeded_gradients(output, inputs, lambda start, stop: seeds[start:stop], len(scores), at_once)
+
+
+def score_seeds(output: Tensor, scores: Sequence[Callable[[Any], Tensor]]) -> Tensor:
+    """The gradients of K scores by the output, ``(K, *output.shape)``: where a backward pass of each starts."""
+    probe = output.detach().requires_grad_()
+    return torch.stack([torch.autograd.grad(score(probe).sum(), probe)[0] for score in scores])
 
 
 def seeded_gradients(
     output: Tensor,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor | GradientEdge, ...],
     seeds: Callable[[int, int], Tensor],
     count: int,
     at_once: int | None = None,
+    like: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """Signals at the inputs, ``(count, *input.shape)``, for ``count`` signals at one output, some at a time.
 
-    seeds: gives the signals from a number to another, ``(K, *output.shape)``.
+    seeds: gives the signals from a number to another, ``(K, *output.shape)``; like: tensors of the inputs' shapes, for
+    inputs that are edges of the graph.
     """
-    results = tuple(torch.empty((count, *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
+    like = inputs if like is None else like
+    results = tuple(torch.empty((count, *x.shape), dtype=x.dtype, device=x.device) for x in like)
     at_once = at_once or max(1, EXAMPLES_PER_PASS // max(1, output.shape[0] if output.dim() else 1))
 
     def backward(seed: Tensor) -> tuple[Tensor, ...]:
@@ -171,7 +180,11 @@ class GradientAttribution:
         differentiate: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]],
         forward: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ...]:
+<<<<<<< HEAD
         """What ``differentiate(output, leaves)`` gives after one recorded forward, in any memory layout."""
+=======
+        """What ``differentiate`` gives, in whatever layout the forward ran."""
+>>>>>>> h_ebp
         xs = leaves(tensors)
 
         def run(xs: tuple[Tensor, ...], ours: bool) -> tuple[Tensor, ...]:
@@ -181,7 +194,21 @@ class GradientAttribution:
                 given = xs if ours else tuple(x.clone() for x in xs)
                 return differentiate((forward or self._forward)(session, given, args), xs)
 
+<<<<<<< HEAD
         return self._in_best_layout(xs, run)
+=======
+        found = None
+        fast = None if self._layout_matters else turned(xs)
+        if fast is not None:
+            # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
+            # error comes again.
+            with contextlib.suppress(RuntimeError):
+                found = run(fast, True)
+        if found is None:
+            found = run(xs, False)
+            self._layout_matters = fast is not None or self._layout_matters
+        return found
+>>>>>>> h_ebp
 
 
 class TargetAttribution(GradientAttribution):
