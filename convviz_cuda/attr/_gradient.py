@@ -180,11 +180,7 @@ class GradientAttribution:
         differentiate: Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]],
         forward: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ...]:
-<<<<<<< HEAD
         """What ``differentiate(output, leaves)`` gives after one recorded forward, in any memory layout."""
-=======
-        """What ``differentiate`` gives, in whatever layout the forward ran."""
->>>>>>> h_ebp
         xs = leaves(tensors)
 
         def run(xs: tuple[Tensor, ...], ours: bool) -> tuple[Tensor, ...]:
@@ -194,21 +190,7 @@ class GradientAttribution:
                 given = xs if ours else tuple(x.clone() for x in xs)
                 return differentiate((forward or self._forward)(session, given, args), xs)
 
-<<<<<<< HEAD
         return self._in_best_layout(xs, run)
-=======
-        found = None
-        fast = None if self._layout_matters else turned(xs)
-        if fast is not None:
-            # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
-            # error comes again.
-            with contextlib.suppress(RuntimeError):
-                found = run(fast, True)
-        if found is None:
-            found = run(xs, False)
-            self._layout_matters = fast is not None or self._layout_matters
-        return found
->>>>>>> h_ebp
 
 
 class TargetAttribution(GradientAttribution):
