@@ -24,6 +24,7 @@ from convviz_cuda import attr
 from convviz_cuda.cli import app as app_module
 from convviz_cuda.cli import doctor, explain
 from convviz_cuda.cli.console import Counter, duration
+from convviz_cuda.cli.methods import METHODS as ALL_METHODS
 from convviz_cuda.cli.methods import StrongestUnit
 from convviz_cuda.loading import load_model
 from convviz_cuda.preprocess import Preprocess, open_image
@@ -54,6 +55,7 @@ class Twins(nn.Module):
     def forward(self, x):
         return x.mean((2, 3)), x
 """
+CAM_LAYER = "4"  # of net.py's, the last with maps
 # For child processes: the package that these tests import, from the source tree or installed.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(attr.__file__).parents[2]), *sys.path])}
 METHODS = {"saliency": "Saliency", "guided": "GuidedBackprop", "deconvnet": "Deconvolution"}
@@ -113,6 +115,87 @@ def test_maps_equal_the_classes_called_directly(work):
             assert row["prediction"]["probability"] == pytest.approx(
                 scores[i].softmax(0).max().item(), rel=1e-5
             )
+
+
+def test_every_method_writes_what_its_class_gives(work):
+    listed = [name for name in ALL_METHODS if name not in ("ablation",)]
+    options = (
+        "--steps",
+        7,
+        "--samples",
+        3,
+        "--noise",
+        0.1,
+        "--masks",
+        40,
+        "--seed",
+        5,
+        "--window",
+        8,
+        "--stride",
+        4,
+    )
+    result = attribute(work, "--method", ",".join(listed), *options, "--target", 3)
+    assert result.exit_code == 0, result.output
+    model, preprocess = load_model(f"{work / 'net.py'}:net"), Preprocess(36, 32)
+    image = preprocess.tensor(preprocess.picture(open_image(work / "photos" / "a.png")))[None]
+    spread = 0.1 * float(image.max() - image.min())
+    layer, up = model[4], {"upsample": "bilinear"}
+
+    def noisy(kind):
+        tunnel = attr.NoiseTunnel(attr.Saliency(model))
+        return tunnel.attribute(image, nt_type=kind, nt_samples=3, stdevs=spread, target=3, seed=5)
+
+    def large(maps):
+        return torch.nn.functional.interpolate(maps.sum(1, keepdim=True), (32, 32), mode="bilinear")
+
+    expected = {
+        "integrated": captum.attr.IntegratedGradients(model).attribute(image, target=3, n_steps=7),
+        "smoothgrad": noisy("smoothgrad"),
+        "smoothgradsq": noisy("smoothgrad_sq"),
+        "vargrad": noisy("vargrad"),
+        "cam": attr.Cam(model).attribute(image, 3, **up),
+        "gradcam": large(captum.attr.LayerGradCam(model, layer).attribute(image, 3, relu_attributions=True)),
+        "gradcam++": attr.GradCamPlusPlus(model, layer).attribute(image, 3, **up),
+        "layercam": attr.LayerCam(model, layer).attribute(image, 3, **up),
+        "xgradcam": attr.XGradCam(model, layer).attribute(image, 3, **up),
+        "hirescam": attr.HiResCam(model, layer).attribute(image, 3, **up),
+        "eigencam": attr.EigenCam(model, layer).attribute(image, **up),
+        "scorecam": attr.ScoreCam(model, layer).attribute(image, 3, **up),
+        "counterfactual": attr.CounterfactualGradCam(model, layer).attribute(image, 3, **up),
+        "guidedgradcam": captum.attr.GuidedGradCam(model, layer).attribute(image, 3, None, "bilinear"),
+        "activation": large(captum.attr.LayerActivation(model, layer).attribute(image)),
+        "gradxact": large(captum.attr.LayerGradientXActivation(model, layer).attribute(image, 3)),
+        "rise": attr.RISE(model).attribute(image, 3, n_masks=40, seed=5),
+        "excitation": large(attr.ExcitationBackprop(model, layer).attribute(image, 3)),
+        "contrastive": large(attr.ExcitationBackprop(model, layer).attribute(image, 3, contrastive=True)),
+    }
+    written = {r["method"]: r for r in rows(work) if Path(r["image"]).name == "a.png"}
+    assert set(written) == set(listed)
+    for name, maps in expected.items():
+        torch.testing.assert_close(
+            raw_map(work, written[name]), maps[0], rtol=2e-4, atol=1e-5 * float(maps.abs().max())
+        )
+        assert maps.abs().max() > 0
+    assert (
+        written["gradcam"]["settings"]["cam_layer"] == "auto"
+        and "masks" not in written["gradcam"]["settings"]
+    )
+    settings = written["smoothgrad"]["settings"]
+    assert (settings["samples"], settings["noise"], settings["seed"]) == (3, 0.1, 5)
+    assert written["rise"]["settings"]["masks"] == 40 and written["integrated"]["settings"]["steps"] == 7
+
+
+def test_a_named_cam_layer_and_the_help_that_lists_all_methods(work):
+    image = work / "photos" / "a.png"
+    assert attribute(work, "--method", "gradcam", "--cam-layer", "1", images=image).exit_code == 0
+    assert attribute(work, "--method", "gradcam", "--cam-layer", CAM_LAYER, images=image).exit_code == 0
+    assert [r["settings"]["cam_layer"] for r in rows(work)] == ["1", CAM_LAYER]
+    first, last = (raw_map(work, r) for r in rows(work))
+    assert first.shape == last.shape and not torch.equal(first, last)
+    shown = " ".join(invoke("attribute", "--help").output.replace("│", " ").split())
+    for name in ALL_METHODS:
+        assert name in shown, name
 
 
 @pytest.mark.parametrize(
@@ -425,7 +508,20 @@ def test_a_picture_too_small_for_the_model_is_skipped(work):
         (["--layer", "3", "--channel", "8"], "There is no channel 8: the layer has 8"),
         (["--channel", "1"], "--channel names a channel of --layer"),
         (["--layer", "3", "--channel", "-1"], "--channel counts from 0"),
-        (["--window", "8"], "--window and --stride go with --method occlusion"),
+        (["--window", "8"], "--window goes with --method occlusion, ablation"),
+        (["--stride", "8"], "--stride goes with --method occlusion"),
+        (["--cam-layer", "1"], "--cam-layer goes with --method cam, gradcam,"),
+        (["--masks", "8", "--method", "gradcam"], "--masks goes with --method rise"),
+        (["--masks", "0", "--method", "rise"], "--masks is a number of masks, but it is 0"),
+        (["--steps", "-2", "--method", "integrated"], "--steps is a number of steps, but it is -2"),
+        (["--noise", "-1", "--method", "vargrad"], "--noise is a part of the image's range, but it is -1"),
+        (["--noise", "nan", "--method", "vargrad"], "--noise is a part of the image's range, but it is nan"),
+        (["--seed", "-1", "--method", "rise"], "--seed is not negative, but it is -1"),
+        (
+            ["--layer", "3", "--method", "gradcam"],
+            "--layer goes with --method guided or deconvnet, not with gradcam",
+        ),
+        (["--method", "gradcam", "--cam-layer", "nowhere"], "The model has no layer 'nowhere'"),
         (["--method", "occlusion", "--window", "0"], "--window is a number of pixels, but it is 0"),
         (["--method", "occlusion", "--stride", "-1"], "--stride is a number of pixels, but it is -1"),
         (

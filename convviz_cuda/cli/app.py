@@ -78,7 +78,9 @@ def attribute(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Any of saliency, inputxgradient, guided, deconvnet, occlusion, with commas between them. "
+            help="Any of saliency, inputxgradient, guided, deconvnet, occlusion, integrated, smoothgrad, smoothgradsq, "
+            "vargrad, cam, gradcam, gradcam++, layercam, xgradcam, hirescam, eigencam, scorecam, counterfactual, "
+            "guidedgradcam, activation, gradxact, rise, ablation, excitation, contrastive, with commas between them. "
             "[default: saliency,guided,deconvnet; with --layer guided,deconvnet]"
         ),
     ] = None,
@@ -90,19 +92,51 @@ def attribute(
         ),
     ] = None,
     channel: Annotated[int | None, typer.Option(help="... of this channel of the layer.")] = None,
+    cam_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="The layer whose maps class activation maps, activation, gradxact, excitation and contrastive read. "
+            "[default: the last one that has maps]",
+            rich_help_panel="Methods",
+        ),
+    ] = None,
     window: Annotated[
         int | None,
         typer.Option(
-            help="Side of the square that hides a part, in pixels. [default: a seventh of the short side]",
-            rich_help_panel="Occlusion",
+            help="Side of the square that hides a part, in pixels (occlusion, ablation). [default: a seventh of the "
+            "short side]",
+            rich_help_panel="Methods",
         ),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
-            help="Pixels from one place of the square to the next. [default: half its side]",
-            rich_help_panel="Occlusion",
+            help="Pixels from one place of the square to the next (occlusion). [default: half its side]",
+            rich_help_panel="Methods",
         ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Points of the path (integrated). [default: 50]", rich_help_panel="Methods"),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Noisy images (smoothgrad, smoothgradsq, vargrad). [default: 25]", rich_help_panel="Methods"
+        ),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Their deviation, as a part of the image's range. [default: 0.15]", rich_help_panel="Methods"
+        ),
+    ] = None,
+    masks: Annotated[
+        int | None, typer.Option(help="Masks (rise). [default: 4000]", rich_help_panel="Methods")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of noise and masks. [default: 0]", rich_help_panel="Methods"),
     ] = None,
     resize: Annotated[
         int, typer.Option(help="Short side in pixels; 0 keeps the size.", rich_help_panel="Pictures")
@@ -144,7 +178,9 @@ def attribute(
     with refusing():
         request = Request.parse(
             model=model, weights=weights, method=method, target=target, layer=layer, channel=channel,
-            window=window, stride=stride, resize=resize, crop=crop, mean=mean, std=std, labels=labels,
+            options={"cam_layer": cam_layer, "window": window, "stride": stride, "steps": steps, "samples": samples,
+                     "noise": noise, "masks": masks, "seed": seed},
+            resize=resize, crop=crop, mean=mean, std=std, labels=labels,
             device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite, out=out,
         )  # fmt: skip
         raise typer.Exit(run(request, images))

@@ -33,7 +33,7 @@ from ..journal import write_atomically
 from ..sheets import ColourBar, Panel, Row, beside, sheet
 from ..version import __version__
 from .console import Refusal, arguments
-from .methods import METHODS, Occluder, attribute_class
+from .methods import METHODS, Occluder, Options, attribute_class
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,7 +134,7 @@ def _class_sheet(
     """Scene and maps of the true class, two scenes in a row."""
     targets = [shown[i].label for i in detail]
     maps = {
-        name: attribute_class(METHODS[name], model, inputs[detail], targets, OCCLUDER).numpy()
+        name: attribute_class(METHODS[name], model, inputs[detail], targets, Options(OCCLUDER)).numpy()
         for name in SHOWN
     }
     rows: list[list[Panel]] = []

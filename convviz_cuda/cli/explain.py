@@ -63,6 +63,8 @@ class Explainer:
                 self.layer: nn.Module | None = find_layer(model, request.layer)
             else:
                 self.layer = None
+            if request.options.cam_layer != "auto":
+                find_layer(model, request.options.cam_layer)  # refused before the first image
         self.dtype = DTYPES[request.dtype]
         self.model = model.to(request.device, self.dtype).requires_grad_(False)
         self._most = request.batch_size
@@ -155,7 +157,7 @@ class Explainer:
         """Float32 [N, C, H, W] (occlusion: C = 1) on the CPU, and the unit of each example (None for a class)."""
         try:
             if self.layer is None:
-                maps = attribute_class(method, self.model, inputs, targets, self.request.occluder)
+                maps = attribute_class(method, self.model, inputs, targets, self.request.options)
                 units: list[Any] = [None] * len(targets)
             else:
                 selector = StrongestUnit(self.request.channel)

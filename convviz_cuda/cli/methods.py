@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,30 +15,206 @@ from torch import nn
 class Method:
     """A method of ``convviz_cuda.attr`` under the name that commands use.
 
-    of_class, of_unit: class names in ``convviz_cuda.attr`` for a class score and for a unit of a layer (None
-    if there is no such method). signed: whether the sign of its maps means something. shows: what a map's colours
-    are, if it has no channels to be reduced.
+    of_class: from a model, inputs [N, C, H, W], a target for each and the options to maps [N, C or 1, H, W].
+    of_unit: the class in ``convviz_cuda.attr`` for a unit of a layer, None if there is none. signed: whether the sign
+    of its maps means something. shows: what a map's colours are, if it has no channels to be reduced. options: the
+    names of the :class:`Options` that its maps depend on.
     """
 
     name: str
     title: str
-    of_class: str
-    of_unit: str | None
-    signed: bool
+    of_class: Callable[[nn.Module, torch.Tensor, list[int], Options], torch.Tensor]
+    of_unit: str | None = None
+    signed: bool = False
     shows: str | None = None
+    options: tuple[str, ...] = ()
 
 
-OCCLUSION = Method("occlusion", "Occlusion", "Occlusion", None, signed=True, shows="mean fall of the score")
+@dataclass(frozen=True)
+class Options:
+    """What some methods can be told; the rest of their settings are their papers' or Captum's."""
+
+    occluder: Occluder = field(default_factory=lambda: Occluder())
+    cam_layer: str = "auto"
+    steps: int = 50
+    samples: int = 25
+    noise: float = 0.15
+    masks: int = 4000
+    seed: int = 0
+
+    def of(self, method: Method) -> dict[str, Any]:
+        """Those that a method's maps depend on, as plain values."""
+        values: dict[str, Any] = {}
+        for name in method.options:
+            if name in ("window", "stride"):
+                values[name] = getattr(self.occluder, name)
+            else:
+                values[name] = getattr(self, name)
+        return values
+
+
+def _gradient(name: str) -> Callable[..., torch.Tensor]:
+    def of_class(model: nn.Module, inputs: torch.Tensor, targets: list[int], _: Options) -> torch.Tensor:
+        from .. import attr
+
+        return getattr(attr, name)(model).attribute(inputs, target=targets)
+
+    return of_class
+
+
+def _occlusion(model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options) -> torch.Tensor:
+    from .. import attr
+
+    size = options.occluder.sized(*inputs.shape[2:])
+    channels = inputs.shape[1]
+    window, strides = ((channels, side, side) for side in (size.window, size.stride))
+    # 0 is the mean colour after preprocessing. The window hides all channels, so that they have one map.
+    return attr.Occlusion(model).attribute(inputs, window, strides, 0, targets)[:, :1]
+
+
+def _ablation(model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options) -> torch.Tensor:
+    from .. import attr
+
+    height, width = inputs.shape[2:]
+    side = options.occluder.sized(height, width).window
+    rows, columns = torch.arange(height) // side, torch.arange(width) // side
+    squares = (rows[:, None] * (int(columns[-1]) + 1) + columns).to(inputs.device)
+    method = attr.FeatureAblation(model)
+    return method.attribute(inputs, target=targets, feature_mask=squares[None, None])[:, :1]
+
+
+def _cam(name: str, **settings: Any) -> Callable[..., torch.Tensor]:
+    def of_class(
+        model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
+    ) -> torch.Tensor:
+        from .. import attr
+
+        method = getattr(attr, name)(model, options.cam_layer)
+        return method.attribute(inputs, targets, upsample="bilinear", **settings)
+
+    return of_class
+
+
+def _layer(name: str, *arguments: Any) -> Callable[..., torch.Tensor]:
+    """The sum over the channels of a layer method's maps, at the inputs' size."""
+
+    def of_class(
+        model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
+    ) -> torch.Tensor:
+        from .. import attr
+
+        given = () if name == "LayerActivation" else (targets,)
+        values = getattr(attr, name)(model, options.cam_layer).attribute(inputs, *given)
+        if not isinstance(values, torch.Tensor) or values.dim() != 4:
+            raise ValueError(f"The layer {options.cam_layer!r} gives no maps [N, C, h, w].")
+        maps = values.sum(1, keepdim=True)
+        return attr.LayerAttribution.interpolate(maps, tuple(inputs.shape[2:]), "bilinear")
+
+    return of_class
+
+
+def _guided_grad_cam(
+    model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
+) -> torch.Tensor:
+    from .. import attr
+
+    return attr.GuidedGradCam(model, options.cam_layer).attribute(inputs, targets, None, "bilinear")
+
+
+def _integrated(model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options) -> torch.Tensor:
+    from .. import attr
+
+    return attr.IntegratedGradients(model).attribute(inputs, target=targets, n_steps=options.steps)
+
+
+def _noise(kind: str) -> Callable[..., torch.Tensor]:
+    def of_class(
+        model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
+    ) -> torch.Tensor:
+        from .. import attr
+
+        tunnel = attr.NoiseTunnel(attr.Saliency(model))
+        settings = {"nt_type": kind, "nt_samples": options.samples, "seed": options.seed}
+        maps = []
+        # Each by its own range, as SmoothGrad's paper has it.
+        for image, target in zip(inputs, targets, strict=True):
+            spread = options.noise * float(image.max() - image.min())
+            maps.append(tunnel.attribute(image[None], stdevs=spread, target=target, **settings))
+        return torch.cat(maps)
+
+    return of_class
+
+
+def _rise(model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options) -> torch.Tensor:
+    from .. import attr
+
+    return attr.RISE(model).attribute(inputs, targets, n_masks=options.masks, seed=options.seed)
+
+
+def _excitation(contrastive: bool) -> Callable[..., torch.Tensor]:
+    def of_class(
+        model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
+    ) -> torch.Tensor:
+        from .. import attr
+        from ..attr._layer import last_maps
+
+        layer: Any = options.cam_layer
+        if layer == "auto":
+            layer = last_maps(model, (inputs[:1],), None)
+        maps = attr.ExcitationBackprop(model, layer).attribute(inputs, targets, contrastive=contrastive)
+        return attr.LayerAttribution.interpolate(maps, tuple(inputs.shape[2:]), "bilinear")
+
+    return of_class
+
+
+LAYER, NOISE = ("cam_layer",), ("samples", "noise", "seed")
+OCCLUSION = Method(
+    "occlusion", "Occlusion", _occlusion, signed=True, shows="mean fall of the score", options=("window", "stride")
+)  # fmt: skip
 METHODS = {
     m.name: m
     for m in (
-        Method("saliency", "Saliency", "Saliency", None, signed=False),
-        Method("inputxgradient", "Input x gradient", "InputXGradient", None, signed=True),
-        Method("guided", "Guided backprop", "GuidedBackprop", "NeuronGuidedBackprop", signed=True),
-        Method("deconvnet", "DeconvNet", "Deconvolution", "NeuronDeconvolution", signed=True),
+        Method("saliency", "Saliency", _gradient("Saliency")),
+        Method("inputxgradient", "Input x gradient", _gradient("InputXGradient"), signed=True),
+        Method("guided", "Guided backprop", _gradient("GuidedBackprop"), "NeuronGuidedBackprop", signed=True),
+        Method("deconvnet", "DeconvNet", _gradient("Deconvolution"), "NeuronDeconvolution", signed=True),
         OCCLUSION,
+        Method("integrated", "Integrated gradients", _integrated, signed=True, options=("steps",)),
+        Method("smoothgrad", "SmoothGrad", _noise("smoothgrad"), options=NOISE),
+        Method("smoothgradsq", "SmoothGrad squared", _noise("smoothgrad_sq"), options=NOISE),
+        Method("vargrad", "VarGrad", _noise("vargrad"), options=NOISE),
+        Method("cam", "CAM", _cam("Cam"), signed=True, shows="CAM", options=LAYER),
+        Method("gradcam", "Grad-CAM", _cam("LayerGradCam", relu_attributions=True), shows="Grad-CAM", options=LAYER),
+        Method("gradcam++", "Grad-CAM++", _cam("GradCamPlusPlus"), shows="Grad-CAM++", options=LAYER),
+        Method("layercam", "LayerCAM", _cam("LayerCam"), shows="LayerCAM", options=LAYER),
+        Method("xgradcam", "XGrad-CAM", _cam("XGradCam"), shows="XGrad-CAM", options=LAYER),
+        Method("hirescam", "HiResCAM", _cam("HiResCam"), signed=True, shows="HiResCAM", options=LAYER),
+        Method("eigencam", "Eigen-CAM", _cam("EigenCam"), signed=True, shows="Eigen-CAM", options=LAYER),
+        Method("scorecam", "Score-CAM", _cam("ScoreCam"), shows="Score-CAM", options=LAYER),
+        Method(
+            "counterfactual", "Counterfactual Grad-CAM", _cam("CounterfactualGradCam"),
+            shows="what speaks against the class", options=LAYER,
+        ),
+        Method("guidedgradcam", "Guided Grad-CAM", _guided_grad_cam, signed=True, options=LAYER),
+        Method(
+            "activation", "Layer activation", _layer("LayerActivation"), signed=True,
+            shows="sum over the layer's channels", options=LAYER,
+        ),
+        Method(
+            "gradxact", "Gradient x activation", _layer("LayerGradientXActivation"), signed=True,
+            shows="sum over the layer's channels", options=LAYER,
+        ),
+        Method("rise", "RISE", _rise, shows="mean score with the place shown", options=("masks", "seed")),
+        Method(
+            "ablation", "Feature ablation", _ablation, signed=True, shows="fall of the score", options=("window",)
+        ),
+        Method("excitation", "Excitation backprop", _excitation(False), shows="probability", options=LAYER),
+        Method(
+            "contrastive", "Contrastive excitation backprop", _excitation(True), signed=True,
+            shows="difference of probabilities", options=LAYER,
+        ),
     )
-}
+}  # fmt: skip
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -123,22 +300,10 @@ class Occluder:
 
 
 def attribute_class(
-    method: Method,
-    model: nn.Module,
-    inputs: torch.Tensor,
-    targets: list[int],
-    occluder: Occluder = Occluder(),
+    method: Method, model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
 ) -> torch.Tensor:
-    """Attribution [N, C, H, W] of one class score for each example; [N, 1, H, W] by occlusion."""
-    from .. import attr
-
-    if method is OCCLUSION:
-        size = occluder.sized(*inputs.shape[2:])
-        channels = inputs.shape[1]
-        window, strides = ((channels, side, side) for side in (size.window, size.stride))
-        # 0 is the mean colour after preprocessing. The window hides all channels, so that they have one map.
-        return attr.Occlusion(model).attribute(inputs, window, strides, 0, targets)[:, :1]
-    return getattr(attr, method.of_class)(model).attribute(inputs, target=targets)
+    """Attribution [N, C, H, W] of one class score for each example; [N, 1, H, W] by methods that show maps."""
+    return method.of_class(model, inputs, targets, options)
 
 
 def attribute_unit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ..journal import digest
 from ..loading import read_labels, sha256
 from ..preprocess import Preprocess
 from .console import Refusal, arguments
-from .methods import METHODS, OCCLUSION, Method, Occluder, parse_methods
+from .methods import METHODS, Method, Occluder, Options, parse_methods
 
 DTYPES = {
     "float32": torch.float32,
@@ -32,7 +33,7 @@ class Request:
     target: int | None  # None: the predicted class
     layer: str | None
     channel: int | None
-    occluder: Occluder
+    options: Options
     preprocess: Preprocess
     labels: list[str] | None
     device: torch.device
@@ -50,8 +51,7 @@ class Request:
         target: str,
         layer: str | None,
         channel: int | None,
-        window: int | None,
-        stride: int | None,
+        options: dict[str, Any],
         resize: int,
         crop: int,
         mean: str,
@@ -81,7 +81,7 @@ class Request:
             preprocess = Preprocess(
                 resize or None, crop or None, as_numbers("--mean", mean), as_numbers("--std", std)
             )
-            occluder = _occluder(window, stride, methods, preprocess.crop)
+            chosen = _options(options, methods, preprocess.crop)
             if dtype not in DTYPES:
                 raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, but it is {dtype!r}.")
             if out.exists() and not out.is_dir():
@@ -97,7 +97,7 @@ class Request:
                 target=_target(target),
                 layer=layer,
                 channel=channel,
-                occluder=occluder,
+                options=chosen,
                 preprocess=preprocess,
                 labels=read_labels(labels) if labels is not None else None,
                 device=as_device(device),
@@ -111,7 +111,6 @@ class Request:
 
     def settings(self, method: Method) -> dict[str, Any]:
         """What a method's numbers depend on (not the device, nor the batch size: they change roundings only)."""
-        occluder = {"window": self.occluder.window, "stride": self.occluder.stride}
         return {
             "model": self.model,
             "weights": None if self.weights is None else str(self.weights),
@@ -124,7 +123,7 @@ class Request:
             "mean": list(self.preprocess.mean),
             "std": list(self.preprocess.std),
             "dtype": self.dtype,
-            **(occluder if method is OCCLUSION else {}),
+            **self.options.of(method),
         }
 
     def identity(self, image: str, method: Method) -> str:
@@ -142,16 +141,31 @@ def as_numbers(option: str, text: str) -> tuple[float, ...]:
         raise ValueError(f"{option} holds numbers with commas between them, but it is {text!r}.") from None
 
 
-def _occluder(window: int | None, stride: int | None, methods: list[Method], crop: int | None) -> Occluder:
-    if OCCLUSION not in methods and not window is stride is None:
-        raise ValueError("--window and --stride go with --method occlusion.")
-    for option, value in (("--window", window), ("--stride", stride)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} is a number of pixels, but it is {value}.")
-    occluder = Occluder(window, stride)
+def _options(given: dict[str, Any], methods: list[Method], crop: int | None) -> Options:
+    """The methods' options; ``given`` holds None for what was not asked for."""
+    wanted = {name: value for name, value in given.items() if value is not None}
+    for name in wanted:
+        if not any(name in method.options for method in methods):
+            able = ", ".join(m.name for m in METHODS.values() if name in m.options)
+            raise ValueError(f"--{name.replace('_', '-')} goes with --method {able}.")
+    counts = {
+        "window": "pixels",
+        "stride": "pixels",
+        "steps": "steps",
+        "samples": "samples",
+        "masks": "masks",
+    }
+    for name, unit in counts.items():
+        if wanted.get(name, 1) < 1:
+            raise ValueError(f"--{name} is a number of {unit}, but it is {wanted[name]}.")
+    if not 0 <= wanted.get("noise", 0.0) < math.inf:
+        raise ValueError(f"--noise is a part of the image's range, but it is {wanted['noise']}.")
+    if wanted.get("seed", 0) < 0:
+        raise ValueError(f"--seed is not negative, but it is {wanted['seed']}.")
+    occluder = Occluder(wanted.pop("window", None), wanted.pop("stride", None))
     if crop is not None:
         occluder.sized(crop, crop)  # every picture has this size: refused before the first is read
-    return occluder
+    return Options(occluder, **wanted)
 
 
 def _target(text: str) -> int | None:
