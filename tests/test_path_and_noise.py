@@ -403,7 +403,10 @@ def test_autocast_frozen_parameters_no_grad_and_layouts(images):
 
 def test_integers_are_taken_as_floats():
     x = torch.tensor([[1, 2, 3]])
-    function = lambda x: x.float().pow(2).sum(1)  # noqa: E731
+
+    def function(x: Tensor) -> Tensor:
+        return x.float().pow(2).sum(1)
+
     assert_equal_to(IntegratedGradients(function).attribute(x), by_captum(function, x), 1e-6)
 
 
@@ -431,6 +434,17 @@ def test_a_function_that_changes_its_arguments_in_place(images):
     assert torch.equal(images, before)
     assert_equal_to(found, 4 * (images.pow(2) - 0.0625), 1e-5)
     assert delta.abs().max() < 1e-2
+
+
+def test_a_function_that_gives_its_output_in_the_same_memory_again():
+    buffer, x = torch.empty(3, dtype=torch.float64), normal(3, 4, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        scores = x.pow(2).sum(1)
+        return scores if scores.requires_grad else buffer.copy_(scores)
+
+    _, delta = IntegratedGradients(function).attribute(x, return_convergence_delta=True)
+    assert delta.abs().max() < 1e-12
 
 
 def test_a_function_that_only_bears_the_callers_layout(images):

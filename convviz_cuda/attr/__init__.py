@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .deconvolution import Deconvolution, NeuronDeconvolution
+from .feature_ablation import FeatureAblation
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .input_x_gradient import InputXGradient
 from .integrated_gradients import IntegratedGradients
@@ -12,6 +13,7 @@ from .saliency import Saliency
 
 __all__ = [
     "Deconvolution",
+    "FeatureAblation",
     "GuidedBackprop",
     "InputXGradient",
     "IntegratedGradients",
