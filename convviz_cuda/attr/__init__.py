@@ -7,6 +7,7 @@ from .cam import Cam
 from .deconvolution import Deconvolution, NeuronDeconvolution
 from .eigen_cam import EigenCam
 from .excitation_backprop import ExcitationBackprop
+from .feature_ablation import FeatureAblation
 from .grad_cam_plus_plus import GradCamPlusPlus
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
 from .guided_grad_cam import GuidedGradCam
@@ -31,6 +32,7 @@ __all__ = [
     "Deconvolution",
     "EigenCam",
     "ExcitationBackprop",
+    "FeatureAblation",
     "GradCamPlusPlus",
     "GuidedBackprop",
     "GuidedGradCam",

@@ -1,4 +1,4 @@
-"""Many masked evaluations of any function: one reused buffer for each input, several windows in one forward."""
+"""Many masked evaluations of any function: one reused buffer for each input, several variants in one forward."""
 
 from __future__ import annotations
 
@@ -23,38 +23,47 @@ from ._windows import WindowGrid
 EXAMPLES = {"cpu": 8, "cuda": 128}
 INPUT_BYTES = {"cpu": 16 << 20, "cuda": 1 << 29}
 # By how much a score may change with the number of examples in a batch and their layout, relative to the largest: other
-# kernels are chosen then, which round differently. A function beyond it is evaluated window by window.
+# kernels are chosen then, which round differently. A function beyond it is evaluated variant by variant.
 ROUNDING = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 TF32_ROUNDING = 4e-3
-FEW_WINDOWS = 8  # are evaluated as they are: the check of the function would take longer
+FEW_VARIANTS = 8  # are evaluated as they are: the check of the function would take longer
 
 
 class MaskedForward:
-    """``forward_func`` on inputs of which windows are hidden, and its scores without them, evaluated once.
+    """``forward_func`` on variants of the inputs in which parts are hidden, and its scores of the inputs themselves.
+
+    What the parts are, its subclasses know. ``variants``: the most that can be evaluated at once.
 
     inputs: never written to; the function gets copies, so that it may change its arguments in place.
+    fills: what stands in the hidden parts, in the inputs' shapes.
     """
+
+    variants: int
 
     def __init__(
         self,
         forward_func: Callable[..., Any],
         inputs: Sequence[Tensor],
         fills: Sequence[Tensor],
-        grids: Sequence[WindowGrid],
         target: Target,
         args: Any,
         memory_limit: int | None,
     ) -> None:
         self.forward_func, self.target, self.args = forward_func, target, extra_args(args)
-        self.inputs, self.fills, self.grids = [x.detach() for x in inputs], fills, grids
+        self.inputs, self.fills = [x.detach() for x in inputs], fills
         self.memory_limit = memory_limit
         with PeakBytes(memory_limit is not None) as peak:
             output, scores = self._forward([x.clone() for x in self.inputs], 1)
         self.peak_bytes = peak.bytes
         self.output_shape, self.scores_shape = tuple(output.shape), tuple(scores.shape)
+        self.scores_dtype = scores.dtype
         # A clone: it may be a view of what the function changes at its next call.
         self.clean = self._flat(scores).clone()
         self.layouts = [memory_format(x) for x in self.inputs]
+
+    def _hide_some(self, which: int, batch: Tensor) -> None:
+        """Puts the fill into some part of a batch of one input."""
+        raise NotImplementedError
 
     def _forward(self, given: list[Tensor], copies: int) -> tuple[Tensor, Tensor]:
         # What belongs to the examples is repeated as they are.
@@ -62,7 +71,8 @@ class MaskedForward:
         target = repeated_target(self.target, copies)
         output = self.forward_func(*given, *args)
         if isinstance(output, numbers.Real):
-            output = torch.tensor(output, dtype=torch.float64)
+            whole = isinstance(output, numbers.Integral)
+            output = torch.tensor(output, dtype=torch.int64 if whole else torch.float64)
         return output, select_scores(output, target)
 
     @staticmethod
@@ -81,24 +91,24 @@ class MaskedForward:
                 f"with the batch: its scores have the shape {clean} for one batch and {shape} for {copies} of them."
             )
         assert scores.numel() == copies * self.clean.numel(), (
-            f"forward_func gave scores of the shape {clean} for the inputs, but {shape} for occluded ones."
+            f"forward_func gave scores of the shape {clean} for the inputs, but {shape} for masked ones."
         )
         return self._flat(scores, copies)
 
     # ---------------------------------------------------------------------------------- how many at a time
 
     def choose_copies(self) -> int:
-        """How many windows one forward takes, if the choice is ours: 1 unless that was seen to change no score.
+        """How many variants one forward takes, if the choice is ours: 1 unless that was seen to change no score.
 
         On CPUs images are passed on in channels_last, if that was seen to change no score either.
         """
-        if max(map(len, self.grids)) <= FEW_WINDOWS or not self.clean.numel():
+        if self.variants <= FEW_VARIANTS or not self.clean.numel():
             return 1
         device = self.inputs[0].device.type
         copies = min(
             EXAMPLES.get(device, EXAMPLES["cuda"]) // max(1, *(len(x) for x in self.inputs)),
             INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, sum(x.nbytes for x in self.inputs)),
-            max(map(len, self.grids)),
+            self.variants,
         )
         if self.memory_limit is not None:
             copies = min(copies, self.memory_limit // max(1, self.peak_bytes))
@@ -115,15 +125,14 @@ class MaskedForward:
     def _rows_independent(self, layouts: list[torch.memory_format], together: bool) -> bool:
         """Whether each example's scores depend on that example only: the same beside others as alone.
 
-        Looked at with the clean batch, one that is hidden altogether and one with a hidden window: a mean over the
+        Looked at with the clean batch, one that is hidden altogether and one with a hidden part: a mean over the
         batch, for instance, would not be seen by batches that are equal. Not ``together``: the layouts only.
         """
         given = []
-        for x, fill, grid, layout in zip(self.inputs, self.fills, self.grids, layouts, strict=True):
+        for which, (x, fill, layout) in enumerate(zip(self.inputs, self.fills, layouts, strict=True)):
             batches = _repeated(x, room_for(x, 3, fill.dtype, layout), 3)
             batches[1].copy_(fill)
-            (region,) = grid.slices(len(grid) // 2, len(grid) // 2 + 1)
-            batches[2][(slice(None), *region)] = fill[(slice(None), *region)]
+            self._hide_some(which, batches[2])
             given.append(batches)
         devices = {x.device.index for x in self.inputs if x.device.type == "cuda"}
 
@@ -148,30 +157,28 @@ class MaskedForward:
             found, expected, rtol=0, atol=rounding(self.inputs, self.clean.dtype) * largest, equal_nan=True
         )
         if same:
-            self.clean = found[:1].clone()  # rounded as the occluded scores will be
+            self.clean = found[:1].clone()  # rounded as the variants' scores will be
         return same
 
-    # ------------------------------------------------------------------------------------------ the windows
+    # ---------------------------------------------------------------------------------------- the variants
 
-    def attributions(self, copies: int, explicit: bool, show_progress: bool) -> list[Tensor]:
-        """For each input (outputs, *shape without the batch): the mean over windows of clean minus occluded scores.
+    def differences(
+        self,
+        total: int,
+        prepare: Callable[[int], Callable[[int, int], list[Tensor]]],
+        copies: int,
+        explicit: bool,
+        progress: Progress,
+        unit: int = 1,
+    ) -> Tensor:
+        """(total, outputs): the clean scores minus those of each variant.
 
+        prepare: gives, for a number of variants at once, a function from variants ``start`` to ``stop`` to the inputs.
         explicit: the number of copies was asked for: it stays as it is, and the outputs must grow with it.
+        unit: what a variant counts in the progress.
         """
-        windows = sum(len(grid) * len(x) for grid, x in zip(self.grids, self.inputs, strict=True))
-        with Progress(windows, "windows", show_progress, "occlusion") as progress:
-            return [
-                grid.mean(self._differences(i, copies, explicit, progress))
-                for i, grid in enumerate(self.grids)
-            ]
-
-    def _differences(self, which: int, copies: int, explicit: bool, progress: Progress) -> Tensor:
-        total = len(self.grids[which])
         differences = self.clean.new_zeros((total, self.clean.shape[1]))
-        if not self.inputs[which].numel() or not self.clean.numel():
-            progress.advance(total * len(self.inputs[which]))
-            return differences
-        variants = self._variants(which, min(copies, total))
+        variants = prepare(min(copies, total))
         start = 0
         while start < total:
             stop = min(start + copies, total)
@@ -185,13 +192,54 @@ class MaskedForward:
                 copies //= 2
                 variants = None
             if variants is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                variants = self._variants(which, copies)
+                variants = prepare(copies)
                 continue
             if progress.show and differences.is_cuda:
                 torch.cuda.synchronize(differences.device)  # or progress would count what is only queued
-            progress.advance((stop - start) * len(self.inputs[which]))
+            progress.advance((stop - start) * unit)
             start = stop
         return differences
+
+
+class MaskedWindows(MaskedForward):
+    """Windows of one input at a time are hidden. ``grids``: where they lie, one for each input."""
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        inputs: Sequence[Tensor],
+        fills: Sequence[Tensor],
+        grids: Sequence[WindowGrid],
+        target: Target,
+        args: Any,
+        memory_limit: int | None,
+    ) -> None:
+        super().__init__(forward_func, inputs, fills, target, args, memory_limit)
+        self.grids = grids
+        self.variants = max(map(len, grids))
+
+    def _hide_some(self, which: int, batch: Tensor) -> None:
+        grid = self.grids[which]
+        (region,) = grid.slices(len(grid) // 2, len(grid) // 2 + 1)
+        batch[(slice(None), *region)] = self.fills[which][(slice(None), *region)]
+
+    def attributions(self, copies: int, explicit: bool, show_progress: bool) -> list[Tensor]:
+        """For each input (outputs, *shape without the batch): the mean over windows of clean minus occluded scores."""
+        windows = sum(len(grid) * len(x) for grid, x in zip(self.grids, self.inputs, strict=True))
+        with Progress(windows, "windows", show_progress, "occlusion") as progress:
+            return [
+                grid.mean(self._differences(i, copies, explicit, progress))
+                for i, grid in enumerate(self.grids)
+            ]
+
+    def _differences(self, which: int, copies: int, explicit: bool, progress: Progress) -> Tensor:
+        total, size = len(self.grids[which]), len(self.inputs[which])
+        if not self.inputs[which].numel() or not self.clean.numel():
+            progress.advance(total * size)
+            return self.clean.new_zeros((total, self.clean.shape[1]))
+        return self.differences(
+            total, lambda copies: self._variants(which, copies), copies, explicit, progress, size
+        )
 
     def _variants(self, which: int, copies: int) -> Callable[[int, int], list[Tensor]]:
         """A function from windows ``start`` to ``stop``, at most ``copies``, to the inputs, one of them occluded."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..network import CannotCapture, capture
 from ..sweep import occlusion_sweep
 from ._inputs import Inputs, Target, as_tuple, restore, select_scores
-from ._masked import MaskedForward
+from ._masked import MaskedWindows
 from ._windows import window_fills, window_grids
 
 Window = tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -98,7 +98,7 @@ class Occlusion:
         if memory_limit is not None and not _is_positive(memory_limit):
             raise ValueError(f"memory_limit must be a positive number of bytes, but it is {memory_limit!r}.")
         with torch.no_grad():
-            masked = MaskedForward(
+            masked = MaskedWindows(
                 self.forward_func, tensors, fills, grids, target, additional_forward_args, memory_limit
             )
             found = None
@@ -113,7 +113,7 @@ class Occlusion:
         )
         return results if isinstance(inputs, tuple) else results[0]
 
-    def _swept(self, masked: MaskedForward, show_progress: bool) -> list[Tensor] | None:
+    def _swept(self, masked: MaskedWindows, show_progress: bool) -> list[Tensor] | None:
         """The result by the incremental engine; None for what it does not take."""
         model, images, grid = self.forward_func, masked.inputs[0], masked.grids[0]
         if (
