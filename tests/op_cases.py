@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mask_cases import MASK_CASES
 from op_case import F16, F32, SPECIAL, Case, drawing
 from op_truth import (
     Band,
@@ -28,7 +29,7 @@ from window_cases import WINDOW_CASES
 from winograd_cases import WINOGRAD_CASES
 
 import convviz_cuda
-from convviz_cuda import ops, reference, window_ops, window_reference, winograd
+from convviz_cuda import mask_ops, mask_reference, ops, reference, window_ops, window_reference, winograd
 from convviz_cuda._register import op_names
 
 RULES = ("gradient", "identity", "deconvnet", "guided")
@@ -229,6 +230,7 @@ CASES: list[Case] = [
     ),
     *WINDOW_CASES,
     *WINOGRAD_CASES,
+    *MASK_CASES,
 ]
 
 
@@ -239,11 +241,16 @@ SERVED = convviz_cuda.info()["ops"]
 # The module and the attribute in it by which the public functions call each op.
 OVERLOADS = {
     value.name().removeprefix("convviz::"): (module, name)
-    for module in (ops, window_ops, winograd)
+    for module in (ops, window_ops, winograd, mask_ops)
     for name, value in vars(module).items()
     if isinstance(value, torch._ops.OpOverload) and value.namespace == "convviz"
 }
-REFERENCES = {ops: vars(reference), window_ops: vars(window_reference), winograd: winograd.REFERENCES}
+REFERENCES = {
+    ops: vars(reference),
+    window_ops: vars(window_reference),
+    winograd: winograd.REFERENCES,
+    mask_ops: vars(mask_reference),
+}
 BY_OP = {name: [case for case in CASES if case.op == name] for name in op_names()}
 # The first row of each op is a full one (overlapping windows, padding, tails, K > 1), for the slower tests.
 TYPICAL = [cases[0] for cases in BY_OP.values() if cases]

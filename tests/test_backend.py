@@ -31,6 +31,9 @@ OPS = {
     "window_mean",
     "winograd_input",
     "winograd_output",
+    "mask_images",
+    "mask_images_",
+    "philox",
 }
 # Every op on both devices; prints which raised, what info() says, and whether the extension was imported.
 REPORT = """
@@ -67,6 +70,9 @@ def calls(device):
         window_mean=lambda: ops.window_mean(x[0], (2, 2), 1, 1),
         winograd_input=lambda: ops.winograd_input(x, 1),
         winograd_output=lambda: ops.winograd_output(ones(1, 16, 1), (1, 2, 2)),
+        mask_images=lambda: ops.mask_images(x, x[0], table(1)[0]),
+        mask_images_=lambda: ops.mask_images_(ones(1, 1, 2, 2), x, x[0], table(1)[0]),
+        philox=lambda: ops.philox(table(1)[0], 5),
     )
 
 def error(call):

@@ -222,6 +222,9 @@ LARGE = {
     "winograd_output": lambda x: ops.winograd_output(
         x.flatten()[: 82 * 16 * 67].view(-1, 16, 67), (2, 81, 2), x[0, :, 0, 0], 0.0
     ),
+    "mask_images": lambda x: ops.mask_images(x, *_grids(x)),
+    "mask_images_": lambda x: _masked_into(x, *_grids(x)),
+    "philox": lambda x: ops.philox(torch.arange(2000, device=x.device), 103, 5, 7),
 }
 
 
@@ -232,6 +235,19 @@ def _tables(x, columns):
     return torch.stack([place % 2, place, place.flip(0)], 1), *[
         lines[:, 2 - columns if columns == 1 else 0 :]
     ] * 2
+
+
+def _grids(x):
+    """16 grids of zeros and ones, each for an image and at a place of its own; every position is exact."""
+    place = torch.arange(16, device=x.device)
+    grids = (place[:, None, None] >> torch.arange(4, device=x.device)[:, None]) + place[:4] & 1
+    return grids.to(x.dtype), place % 2, torch.stack([place, place.flip(0)], 1), 1 / 16, 1 / 32
+
+
+def _masked_into(x, *arguments):
+    out = x.new_ones(16, *x.shape[1:]).contiguous(memory_format=memory_format(x))
+    ops.mask_images_(out, x, *arguments)
+    return out
 
 
 def _sources(x):

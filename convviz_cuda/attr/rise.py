@@ -236,21 +236,20 @@ class RISE:
             output = self.forward_func(given, *args_of_each_image(extra_args(args), image, count))
             return _scores(output, score, each, numbers)
 
-        with torch.no_grad():
-            masks = random_masks(n_masks, grid, p, int(seed), (height, width), images)
+        masks = random_masks(n_masks, grid, p, int(seed), (height, width), images)
 
-            def masked(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
-                """All images under one mask follow each other."""
-                number = torch.arange(start, stop, device=images.device)
-                mask, image = number // count, number % count
-                numbers = [i % count for i in range(start, stop)]
-                return masks.grids[mask], image, masks.offsets[mask], numbers
+        def masked(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
+            """All images under one mask follow each other."""
+            number = torch.arange(start, stop, device=images.device)
+            mask, image = number // count, number % count
+            numbers = [i % count for i in range(start, stop)]
+            return masks.grids[mask], image, masks.offsets[mask], numbers
 
-            many = MaskedImages(images, masked, n_masks * count, evaluate, masks.scale)
-            scores = many.scores(batch_size, memory_limit, show_progress, "RISE")
-            weights = scores.view(n_masks, -1) / (n_masks * float(p))  # a column for each image and target
-            maps = masks.weighted_sum(weights.to(images.device), (height, width)).to(dtype)
-            return maps.view(count, -1, 1, height, width).transpose(0, 1).contiguous()
+        many = MaskedImages(images, masked, n_masks * count, evaluate, masks.scale)
+        scores = many.scores(batch_size, memory_limit, show_progress, "RISE")
+        weights = scores.double().view(n_masks, -1) / (n_masks * float(p))  # a column for each image and target
+        maps = masks.weighted_sum(weights.to(images.device), (height, width)).to(dtype)
+        return maps.view(count, -1, 1, height, width).transpose(0, 1).contiguous()
 
     def _empty(self, images: Tensor, each: list | None, args: Any, score: str, dtype: torch.dtype) -> Tensor:
         """The maps of no images, or of images without pixels: the function only says how many classes there are."""

@@ -11,9 +11,11 @@
 #include <vector>
 
 #include "kernels/conv2d_input_grad.h"
+#include "kernels/mask_images.h"
 #include "kernels/max_abs_channels.h"
 #include "kernels/max_pool.h"
 #include "kernels/overlay_windows.h"
+#include "kernels/philox.h"
 #include "kernels/pool_windows.h"
 #include "kernels/relu.h"
 #include "kernels/sum_windows.h"
@@ -312,6 +314,34 @@ void winograd_output(const std::string& dtype, const py::array& products, std::o
   });
 }
 
+// images, out: [N, C, H, W] in either layout; grids: [M, h, w].
+void mask_images(const std::string& dtype, bool channels_last, const py::array& images,
+                 const py::array& grids, const py::array& image, const py::array& offsets,
+                 const py::array& out, const std::vector<double>& scale, const std::vector<double>& shift) {
+  with_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const MaskImagesArgs<T> args{pointer<T>(images),
+                                 pointer<T>(grids),
+                                 pointer<int64_t>(image),
+                                 pointer<int64_t>(offsets),
+                                 pointer<T>(out),
+                                 images.shape(0),
+                                 out.shape(0),
+                                 out.shape(1),
+                                 out.shape(2),
+                                 out.shape(3),
+                                 {grids.shape(1), scale[0], shift[0]},
+                                 {grids.shape(2), scale[1], shift[1]}};
+    check(mask_images_cuda(args, channels_last, nullptr));
+  });
+}
+
+void philox(const py::array& streams, const py::array& out, uint64_t seed, uint64_t block) {
+  const int64_t words = out.shape(1), blocks = ceil_div(words, 4);
+  const Philox args{pointer<int64_t>(streams), pointer<int64_t>(out), words, Divider(blocks), seed, block};
+  check(philox_cuda(args, streams.shape(0) * blocks, nullptr));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda_on_host, m) {
@@ -327,6 +357,8 @@ PYBIND11_MODULE(_cuda_on_host, m) {
   m.def("window_mean", &mean_of_windows);
   m.def("winograd_input", &winograd_input);
   m.def("winograd_output", &winograd_output);
+  m.def("mask_images", &mask_images);
+  m.def("philox", &philox);
   m.def("divide", [](int64_t index, int64_t divisor) { return Divider(divisor).quotient(index); });
   m.def("load_vector", [](const py::array& from) {
     float to[4];
