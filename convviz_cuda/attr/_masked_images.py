@@ -12,7 +12,7 @@ from torch import Tensor
 from ..mask_ops import mask_images_
 from ..progress import Progress
 from ._inputs import Target, gains_turned
-from ._masked import EXAMPLES, FEW_WINDOWS, INPUT_BYTES, PeakBytes, memory_format, rounding
+from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
 
 # From one number of a masked image to another: the grids (n, h, w), which image each hides and the offsets (n, 2), as
 # mask_images takes them, and the images' numbers once more, on the host.
@@ -94,7 +94,7 @@ class MaskedImages:
 
     def _choose(self, batch_size: int | None, memory_limit: int | None) -> int:
         """How many images one forward takes; sets the layout in which they are passed on."""
-        if self.count <= FEW_WINDOWS:  # the checks would take longer
+        if self.count <= FEW_VARIANTS:  # the checks would take longer
             return min(self.count, batch_size or 1)
         device = self.images.device.type
         at_once = min(
