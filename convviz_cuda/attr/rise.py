@@ -247,7 +247,9 @@ class RISE:
 
         many = MaskedImages(images, masked, n_masks * count, evaluate, masks.scale)
         scores = many.scores(batch_size, memory_limit, show_progress, "RISE")
-        weights = scores.double().view(n_masks, -1) / (n_masks * float(p))  # a column for each image and target
+        weights = scores.double().view(n_masks, -1) / (
+            n_masks * float(p)
+        )  # a column for each image and target
         maps = masks.weighted_sum(weights.to(images.device), (height, width)).to(dtype)
         return maps.view(count, -1, 1, height, width).transpose(0, 1).contiguous()
 

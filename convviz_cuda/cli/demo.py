@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 SIDE = 96
 SHOWN = ("saliency", "guided", "deconvnet", "occlusion")
 OCCLUDER = Occluder(window=16, stride=4)
+# Of a second sheet, for the first scenes: maps of the last layer, paths, noise, masks, probabilities.
+MORE = ("gradcam", "gradcam++", "guidedgradcam", "integrated", "smoothgrad", "rise", "contrastive")
+MORE_SCENES = 6
+MORE_OPTIONS = Options(cam_layer="relu5", samples=10, masks=500)
 UNITS = 6  # of each layer
 CHOICE = 8  # scenes of each class among which a unit's strongest activation is looked for
 FIRST_SET = 1 << 40  # sets of scenes from here on are the demo's; training and its tests take small seeds
@@ -65,7 +69,10 @@ def run(out: Path, seed: int) -> None:
     detail = list(range(len(scenes.CLASSES)))
     predictions = [_prediction(shown[i], probabilities[i], i, seed) for i in range(len(shown))]
 
-    pictures = {"classes.png": _class_sheet(model, inputs, shown, predictions, detail)}
+    pictures = {
+        "classes.png": _class_sheet(model, inputs, shown, predictions, detail),
+        "methods.png": _method_sheet(model, inputs, shown, predictions, detail[:MORE_SCENES]),
+    }
     layers = [name for name, layer in model.named_children() if isinstance(layer, nn.Conv2d)]
     evolution = feature_evolution(model, models.zfnet_mini_checkpoints(), inputs, layers)
     # Its last checkpoint is the model itself.
@@ -167,6 +174,50 @@ def _class_sheet(
         bars=[
             ColourBar(False, "0", "end of the colours", "Saliency"),
             ColourBar(True, "\u2212end", "+end of the colours", "Guided backprop, DeconvNet, Occlusion"),
+        ],
+    )
+
+
+def _method_sheet(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    shown: Sequence[scenes.Scene],
+    predictions: Sequence[dict[str, Any]],
+    detail: Sequence[int],
+) -> Image:
+    """A scene in a row, a method in a column; the maps are of the true class."""
+    targets = [shown[i].label for i in detail]
+    maps = {
+        name: attribute_class(METHODS[name], model, inputs[detail], targets, MORE_OPTIONS).numpy()
+        for name in MORE
+    }
+    rows = []
+    for place, i in enumerate(detail):
+        p = predictions[i]
+        panels = [Panel(shown[i].image, p["class"], photograph=True)]
+        p["peaks"] = {}
+        for name in MORE:
+            signed = METHODS[name].signed
+            values = reduce_channels(maps[name][place], signed)
+            y, x = np.unravel_index(values.argmax(), values.shape)
+            p["peaks"][name] = [int(x), int(y)]
+            limit = colour_limit(values)
+            panels.append(Panel(colours(values, limit, signed), range_text(values, limit, signed)))
+        rows.append(Row(panels))
+    o = MORE_OPTIONS
+    return sheet(
+        rows,
+        title="The same scenes under more methods",
+        note=f"Maps of layers read {o.cam_layer} and are upsampled. Guided Grad-CAM, integrated gradients ({o.steps} "
+        f"steps from the mean colour) and contrastive excitation have signs; SmoothGrad is the mean of {o.samples} "
+        f"noisy gradients; RISE takes {o.masks} masks. Below a map: the range of its values.",
+        columns=["Scene", *(METHODS[name].title for name in MORE)],
+        width=2 * SIDE,
+        bars=[
+            ColourBar(False, "0", "end of the colours", "Grad-CAM, Grad-CAM++, SmoothGrad, RISE"),
+            ColourBar(
+                True, "\u2212end", "+end of the colours", "Guided Grad-CAM, integrated gradients, excitation"
+            ),
         ],
     )
 
