@@ -45,8 +45,7 @@ def _down(function: Callable[[Tensor], Tensor], signal: Tensor, shape: Sequence[
         stack = signals.reshape(signals.shape[0] // shape[0], *shape)
         return function(stack).flatten(0, 1)
 
-    # Neither a context that is active here nor the caller's autocast may look at what a backward computes.
-    with torch._C.DisableTorchFunction(), torch.autocast(signal.device.type, enabled=False):
+    with torch.autocast(signal.device.type, enabled=False):  # the caller's must not make sums coarse
         return _per_signal(merged, signal)
 
 
