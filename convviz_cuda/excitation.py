@@ -29,7 +29,8 @@ from .reference import memory_format
 # Of values and positive weights: what they sum to, and the transposed operation of K such sums, (K, *sums).
 Conduct = Callable[[Tensor, Tensor | None], tuple[Tensor, Callable[[Tensor], Tensor]]]
 
-_SEEN = "convviz_cuda.excitation"
+# What is known of a node of a graph, kept with the node.
+_SEEN, _CARRIES = "convviz_cuda.excitation.seen", "convviz_cuda.excitation.carries"
 
 
 def _down(function: Callable[[Tensor], Tensor], signal: Tensor, shape: Sequence[int]) -> Tensor:
@@ -44,8 +45,7 @@ def _down(function: Callable[[Tensor], Tensor], signal: Tensor, shape: Sequence[
         stack = signals.reshape(signals.shape[0] // shape[0], *shape)
         return function(stack).flatten(0, 1)
 
-    # Neither a context that is active here nor the caller's autocast may look at what a backward computes.
-    with torch._C.DisableTorchFunction(), torch.autocast(signal.device.type, enabled=False):
+    with torch.autocast(signal.device.type, enabled=False):  # the caller's must not make sums coarse
         return _per_signal(merged, signal)
 
 
@@ -201,6 +201,27 @@ def reads_an_input(x: Tensor) -> bool:
         return not isinstance(x, nn.Parameter)
     leaves = (getattr(node, "variable", None) for node in _nodes_below(x.grad_fn, _is_weighted))
     return any(leaf is not None and not isinstance(leaf, nn.Parameter) for leaf in leaves)
+
+
+def carries(x: Any) -> bool:
+    """Whether a signal of an input runs through a tensor: parameters and what is computed of them are constants."""
+    if not isinstance(x, Tensor) or not x.requires_grad:
+        return False
+    if x.grad_fn is None:
+        return not isinstance(x, nn.Parameter)
+    stack = [x.grad_fn]
+    while stack:
+        node = stack[-1]
+        unknown = [n for n, _ in node.next_functions if n is not None and _CARRIES not in n.metadata]
+        if unknown and _CARRIES not in node.metadata:
+            stack.extend(unknown)
+            continue
+        stack.pop()
+        leaf = getattr(node, "variable", None)
+        node.metadata[_CARRIES] = (leaf is not None and not isinstance(leaf, nn.Parameter)) or any(
+            n.metadata[_CARRIES] for n, _ in node.next_functions if n is not None
+        )
+    return x.grad_fn.metadata[_CARRIES]
 
 
 def contrasted(node: Any) -> int:

@@ -15,6 +15,7 @@ from .excitation import (
     Join,
     Linear,
     Pass,
+    carries,
     conducts_any,
     conducts_conv2d,
     conducts_linear,
@@ -30,6 +31,13 @@ def _recorded(x: Any) -> bool:
             "run the forward outside, and differentiate with torch.autograd.grad."
         )
     return rules._recorded(x)
+
+
+def _constants(*parameters: Any) -> list[Any] | None:
+    """Parameters as constants, also where they are computed (weight norm); None if one depends on an input."""
+    if any(map(carries, parameters)):
+        return None
+    return [p.detach() if isinstance(p, Tensor) else p for p in parameters]
 
 
 # ----------------------------------------------------------------------------------------------- linear operations
@@ -64,7 +72,7 @@ def _conv2d(session, func, input, weight, bias=None, stride=1, padding=0, dilati
         return _convolution(session, func, input, weight, bias, stride, padding, dilation, groups)
     session.layers += 1
     arguments = (rules._pair(stride), rules._pair(padding), rules._pair(dilation), groups)
-    constants = rules._constants(weight, bias)
+    constants = _constants(weight, bias)
     if constants is None or not _recorded(input):
         return func(input, weight, bias, *arguments)
     if input.dim() == 3:
@@ -77,7 +85,7 @@ def _conv2d(session, func, input, weight, bias=None, stride=1, padding=0, dilati
 
 def _convolution(session, func, input, weight, bias=None, *args, **kwargs):
     session.layers += 1
-    constants = rules._constants(weight, bias)
+    constants = _constants(weight, bias)
     if constants is None or not _recorded(input):
         return func(input, weight, bias, *args, **kwargs)
     if input.dim() == weight.dim() - 1:
@@ -92,7 +100,7 @@ def _convolution(session, func, input, weight, bias=None, *args, **kwargs):
 
 def _linear(session, func, input, weight, bias=None):
     session.layers += 1
-    constants = rules._constants(weight, bias)
+    constants = _constants(weight, bias)
     if constants is None or not _recorded(input):
         return func(input, weight, bias)
     if input.dim() == 1:
@@ -102,7 +110,7 @@ def _linear(session, func, input, weight, bias=None):
 
 
 def _matmul(session, func, input, other):
-    constants = rules._constants(other)
+    constants = _constants(other)
     if constants is None or not _recorded(input) or input.dim() < 2 or constants[0].dim() != 2:
         return func(input, other)
     session.layers += 1
@@ -155,14 +163,13 @@ def _pass(session, func, input, *args, **kwargs):
     """Activations, norms, constants in between: computed as ever, and the identity for the signal."""
     if not _recorded(input):
         return func(input, *args, **kwargs)
+    # A leaf must not change: copy_ below raises PyTorch's own error.
     given = input.detach().clone() if input.is_leaf else input.detach()
     version = given._version
     with torch.no_grad():
         value = func(given, *args, **kwargs)
     if given._version == version:
         return Pass.apply(input, [value], None)
-    if input.is_leaf:
-        return func(input, *args, **kwargs)  # PyTorch's own error
     return input.copy_(Pass.apply(input, [value.clone()], None))
 
 
@@ -226,11 +233,9 @@ def _elementwise(
         if len(args) != 2 or set(kwargs) - {"alpha"}:
             return func(*args, **kwargs)
         a, b = args
-        first, second = _recorded(a), _recorded(b)
+        first, second = (_recorded(x) and carries(x) for x in args)
         if not (first or (second and not inplace)) or (not first and keep_second is None):
             return func(*args, **kwargs)
-        if inplace and a.is_leaf:
-            return func(*args, **kwargs)  # PyTorch's own error
         plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
         value = operation(*plain, **kwargs)
         if not all(_aligned(x, value) for x, carries in ((a, first), (b, second)) if carries):
