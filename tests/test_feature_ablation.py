@@ -308,6 +308,18 @@ def test_a_function_that_mixes_the_examples_is_evaluated_feature_by_feature(imag
     assert set(function.sizes) <= {2, 6} and function.sizes[-20:] == [2] * 20
 
 
+def test_a_function_that_counts_the_partly_hidden_examples_is_evaluated_feature_by_feature(images):
+    """Neither the clean nor the altogether hidden batch shows that it mixes the examples."""
+
+    def function(x: Tensor) -> Tensor:
+        partly = (x == 0).flatten(1).any(1) & (x != 0).flatten(1).any(1)
+        return scores(x) + partly.sum()
+
+    mask = numbers(1, 3, 5, 4, below=30)
+    expected = by_captum(function, images, target=1, feature_mask=mask)
+    assert_close(FeatureAblation(function).attribute(images, target=1, feature_mask=mask), expected, 1e-5)
+
+
 def test_memory_limits_the_features_of_a_forward(images):
     sizes = {}
     for limit in (1, 1 << 15, 1 << 30):

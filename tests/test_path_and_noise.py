@@ -798,6 +798,8 @@ def test_several_inputs_have_deviations_of_their_own():
     expected = [method.attribute(sample, 1) for sample in samples]
     found = NoiseTunnel(method).attribute(inputs, "vargrad", 6, 4, (0.0, 2.0), target=1)
     assert_equal_to(found, tuple(together([e[i] for e in expected], "vargrad") for i in (0, 1)), 1e-10)
+    (twice,) = noisy_samples((torch.zeros(2, 3), torch.zeros(2, 3)), 1)
+    assert (twice[0] - twice[1]).abs().min() > 0
     assert isinstance(NoiseTunnel(attr.Saliency(net())).attribute((normal(1, 3, 13, 11),), target=1), tuple)
 
 

@@ -189,7 +189,7 @@ def _features(inputs: tuple[Tensor, ...], masks: Any) -> tuple[list[Tensor | Non
     if masks is None:
         count = 0
         for x in inputs:
-            size = x[:1].numel() if x.numel() else 0
+            size = x[:1].numel()
             number = torch.arange(count, count + size, device=x.device)
             features.append(number.view(1, *x.shape[1:]) if size else None)
             count += size

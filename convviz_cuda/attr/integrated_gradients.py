@@ -271,10 +271,8 @@ class IntegratedGradients(GradientAttribution):
                 UserWarning,
                 stacklevel=3,
             )
-        at_most = (internal_batch_size if explicit else EXAMPLES.get(device.type, EXAMPLES["cuda"])) // max(
-            1, size
-        )
-        at_most = max(1, at_most)
+        examples = internal_batch_size if explicit else EXAMPLES.get(device.type, EXAMPLES["cuda"])
+        at_most = max(1, examples // max(1, size))
         at_once = at_most if explicit else 1  # the first pass says what a point takes
         totals: tuple[Tensor, ...] = ()
         start = 0
