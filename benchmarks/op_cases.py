@@ -298,6 +298,29 @@ def winograd(results: int) -> Callable[[Make, tuple[int, ...]], Sides]:
     return prepare
 
 
+def masks(make: Make, shape: tuple[int, ...]) -> Sides:
+    """RISE's masks of 7x7 cells; PyTorch upsamples them whole and crops each."""
+    image = make((1, *shape[1:]))
+    cells = (make((shape[0], 1, 7, 7)) > 0).to(image.dtype).contiguous()
+    sizes = [-(-side // 7) for side in shape[2:]]
+    number = torch.arange(shape[0], device=image.device)
+    offsets = torch.stack([number * 5 % sizes[0], number * 11 % sizes[1]], 1)
+    whole, places = [8 * size for size in sizes], offsets.tolist()
+
+    def replaced() -> Tensor:
+        large = F.interpolate(cells, size=whole, mode="bilinear")
+        crops = [large[i, :, y : y + shape[2], x : x + shape[3]] for i, (y, x) in enumerate(places)]
+        return image * torch.stack(crops)
+
+    out = make(shape)
+
+    def masked() -> Tensor:
+        ops.mask_images_(out, image, cells[:, 0], number * 0, offsets, [7 / size for size in whole])
+        return out
+
+    return Sides(masked, replaced, _size(out))
+
+
 IMAGES = (8, 3, 224, 224)
 # Changed rectangles of 16 variants, as SqueezeNet and ResNet have them.
 RECTANGLES = ((16, 64, 40, 40), (16, 128, 28, 28), (16, 256, 16, 16), (16, 512, 8, 8))
@@ -322,6 +345,7 @@ CASES = (
     Case("conv2d_input_grad", "ZFNet conv1 7x7/2", IMAGES, input_grad(96, 7, 2, 1)),
     Case("max_abs_channels", "images", IMAGES, max_abs),
     Case("occlude", "16 images", (16, 3, 224, 224), occluded),
+    Case("mask_images", "8 images", IMAGES, masks),
     *(Case("gather_windows", "x".join(map(str, s)), s, gather) for s in RECTANGLES),
     *(Case("gather_windows bias ReLU", "x".join(map(str, s)), s, gather_activated) for s in RECTANGLES[1:3]),
     *(Case("add_windows_ ReLU", "x".join(map(str, s)), s, add) for s in RECTANGLES[1:3]),

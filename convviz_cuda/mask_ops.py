@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import mask_reference as reference
 from ._register import define, looped
-from .checks import check_float, check_images, check_tensor, two_layouts
+from .checks import DTYPES, check_float, check_images, check_tensor, two_layouts
 from .reference import memory_format
 from .window_checks import same_kind
 from .window_ops import change
@@ -122,8 +122,35 @@ def mask_images_(
     change(mask_images_inplace_op, out, images, *arguments)
 
 
+def _fit(images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor) -> bool:
+    """All that is asked of the tensors, in one expression: chunks of masks are small and many."""
+    try:
+        (batch, _, _, _), (count, rows, columns) = images.shape, grids.shape
+        return (
+            images.dtype in DTYPES
+            and images.dtype is grids.dtype
+            and image.dtype is offsets.dtype is torch.int64
+            and image.shape == (count,)
+            and offsets.shape == (count, 2)
+            and images.device == grids.device == image.device == offsets.device
+            and (count == 0 or (batch > 0 and rows > 0 and columns > 0))
+        )
+    except (AttributeError, ValueError):  # no tensor, or one of another rank
+        return False
+
+
 def _checked(images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor | None, scale: Pair, shift: Pair):
     """The arguments behind the images as the ops take them."""
+    if not _fit(images, grids, image, offsets):
+        offsets = _looked_at(images, grids, image, offsets)
+    usual = [cells / max(1, pixels) for cells, pixels in zip(grids.shape[1:], images.shape[2:], strict=True)]
+    scales = usual if scale is None else _two_numbers("scale", scale)
+    shifts = [(s - 1) / 2 for s in scales] if shift is None else _two_numbers("shift", shift)
+    return grids.contiguous(), image.contiguous(), offsets.contiguous(), *scales, *shifts
+
+
+def _looked_at(images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor | None) -> Tensor:
+    """The offsets, if they were the only thing that was left out; else an error that names what is wrong."""
     check_images("images", images)
     check_float("grids", grids)
     same_kind("grids", grids, "images", images)
@@ -151,10 +178,7 @@ def _checked(images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor | Non
             f"There must be an image and a cell for each mask, but images has the shape {tuple(images.shape)} and "
             f"grids has the shape {tuple(grids.shape)}."
         )
-    usual = [cells / max(1, pixels) for cells, pixels in zip(grids.shape[1:], images.shape[2:], strict=True)]
-    scales = usual if scale is None else _two_numbers("scale", scale)
-    shifts = [(s - 1) / 2 for s in scales] if shift is None else _two_numbers("shift", shift)
-    return grids.contiguous(), image.contiguous(), offsets.contiguous(), *scales, *shifts
+    return offsets
 
 
 def _two_numbers(name: str, value: Any) -> list[float]:

@@ -238,8 +238,17 @@ class RISE:
 
         masks = random_masks(n_masks, grid, p, int(seed), (height, width), images)
 
+        only = torch.zeros(n_masks, dtype=torch.int64, device=images.device)
+
         def masked(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
             """All images under one mask follow each other."""
+            if count == 1:  # views
+                return (
+                    masks.grids[start:stop],
+                    only[start:stop],
+                    masks.offsets[start:stop],
+                    [0] * (stop - start),
+                )
             number = torch.arange(start, stop, device=images.device)
             mask, image = number // count, number % count
             numbers = [i % count for i in range(start, stop)]
@@ -287,7 +296,8 @@ def _scores(output: Any, score: str, each: list | None, numbers: Sequence[int]) 
             f"All classes need an output (N, classes), but its shape is {tuple(output.shape)}."
         )
         return output
-    return torch.stack([select_target(output, target(numbers)).reshape(-1) for target in each], 1)
+    columns = [select_target(output, target(numbers)).reshape(-1, 1) for target in each]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
 def _checked_images(inputs: Inputs) -> Tensor:

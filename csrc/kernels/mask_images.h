@@ -71,7 +71,7 @@ template <class T, int V>
 struct MaskPlanes {
   MaskImagesArgs<T> args;
   Divider groups, height;
-  bool packed;  // packs of V pixels lie where the GPU may move them at once
+  bool packed;  // rows are whole packs of V, which lie where the GPU may move them at once
 
   CONVVIZ_HD void operator()(int64_t i) const {
     int64_t n = i;
@@ -84,7 +84,7 @@ struct MaskPlanes {
     const T* from = args.images + args.image_of(n) * args.channels * plane + place;
     T* to = args.out + n * args.channels * plane + place;
     for (int64_t c = 0; c < args.channels; ++c, from += plane, to += plane) {
-      if (packed && left >= V) {
+      if (packed) {
         T values[V];
         load_pack(from, values);
         CONVVIZ_LANES
@@ -117,22 +117,21 @@ struct MaskPixels {
     const Sample row = args.row(n, y);
     const T* from = args.images + (args.image_of(n) * args.height + y) * length + first;
     T* to = args.out + (n * args.height + y) * length + first;
-    const bool whole = packed && left >= V;
     acc_t<T> mask = args.mask(n, row, args.column(n, x));
     T values[V];
-    if (whole) load_pack(from, values);
+    if (packed) load_pack(from, values);
     CONVVIZ_LANES
     for (int l = 0; l < V; ++l) {
       if (l < left) {
-        values[l] = args.masked(whole ? values[l] : from[l], mask);
-        if (!whole) to[l] = values[l];
+        values[l] = args.masked(packed ? values[l] : from[l], mask);
+        if (!packed) to[l] = values[l];
         if (++c == args.channels) {
           c = 0;
           mask = args.mask(n, row, args.column(n, ++x));
         }
       }
     }
-    if (whole) store_pack(to, values);
+    if (packed) store_pack(to, values);
   }
 };
 
