@@ -88,7 +88,7 @@ def mask_images(
 
     Petsiuk, Das & Saenko 2018 (RISE), section 3.2.
     """
-    arguments = _checked(images, grids, image, offsets, scale, shift)
+    arguments = checked_masks(images, grids, image, offsets, scale, shift)
     return mask_images_op(two_layouts(images), *arguments)
 
 
@@ -105,7 +105,7 @@ def mask_images_(
 
     Fast where ``out`` is contiguous or channels_last; images of the other layout are copied to it once.
     """
-    arguments = _checked(images, grids, image, offsets, scale, shift)
+    arguments = checked_masks(images, grids, image, offsets, scale, shift)
     check_images("out", out)
     same_kind("out", out, "images", images)
     shape = (grids.shape[0], *images.shape[1:])
@@ -139,8 +139,10 @@ def _fit(images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor) -> bool:
         return False
 
 
-def _checked(images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor | None, scale: Pair, shift: Pair):
-    """The arguments behind the images as the ops take them."""
+def checked_masks(
+    images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor | None, scale: Pair, shift: Pair
+) -> tuple[Any, ...]:
+    """The arguments behind the images as the ops take them: grids, image, offsets, scales and shifts."""
     if not _fit(images, grids, image, offsets):
         offsets = _looked_at(images, grids, image, offsets)
     usual = [cells / max(1, pixels) for cells, pixels in zip(grids.shape[1:], images.shape[2:], strict=True)]

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..mask_ops import mask_images_
+from ..mask_ops import checked_masks, mask_images_inplace_op
 from ..progress import Progress
+from ..window_ops import change
 from ._inputs import Target, gains_turned
 from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
 
@@ -19,6 +20,7 @@ from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_form
 Masks = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None, Sequence[int]]]
 # The images, which of the caller's they come from (on the device, and on the host): their scores, (n, K).
 Evaluate = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+BLOCK = 4096  # masked images whose small grids are fetched together
 PROBED = 3  # images that are looked at alone and together, before many are evaluated together
 
 
@@ -34,20 +36,38 @@ class MaskedImages:
         scale: tuple[float, float] | None = None,
         shift: tuple[float, float] | None = None,
     ) -> None:
-        self.images, self.masks, self.count, self.evaluate = images.detach(), masks, count, evaluate
+        # In one of the two layouts that the op knows.
+        self.images = images.detach().contiguous(memory_format=memory_format(images))
+        self.masks, self.count, self.evaluate = masks, count, evaluate
         self.sampling = scale, shift
         self.layout = memory_format(images)
+        self._block: tuple[int, int, Any] = 0, 0, None  # from one number to another, what ``masks`` gave
 
     def _room(self, count: int, layout: torch.memory_format) -> Tensor:
         size = (count, *self.images.shape[1:])
         return torch.empty(size, dtype=self.images.dtype, device=self.images.device, memory_format=layout)
 
+    def _masks(self, start: int, stop: int) -> tuple[tuple[Any, ...], Sequence[int]]:
+        """The op's arguments for these images, and their numbers.
+
+        Fetched and checked in blocks: the few of a forward are slices, which cost less than what made them.
+        """
+        first, last, block = self._block
+        if not first <= start <= stop <= last or block is None:
+            first, last = start, min(max(stop, start + BLOCK), self.count)
+            *tables, numbers = self.masks(first, last)
+            block = checked_masks(self.images, *tables, *self.sampling), numbers
+            self._block = first, last, block
+        (grids, image, offsets, *sampling), numbers = block
+        part = slice(start - first, stop - first)
+        return (grids[part], image[part], offsets[part], *sampling), numbers[part]
+
     def _scores(self, start: int, stop: int, images: Tensor, room: Tensor) -> Tensor:
-        grids, image, offsets, numbers = self.masks(start, stop)
+        arguments, numbers = self._masks(start, stop)
         # Written anew for each forward: the function may have changed it in place.
         given = room[: stop - start]
-        mask_images_(given, images, grids, image, offsets, *self.sampling)
-        return self.evaluate(given, image, numbers)
+        change(mask_images_inplace_op, given, images, *arguments)
+        return self.evaluate(given, arguments[1], numbers)
 
     def _probe(self, start: int, stop: int, layout: torch.memory_format) -> Tensor:
         images = self.images.contiguous(memory_format=layout)
