@@ -29,9 +29,8 @@ from convviz_cuda.sheets import Panel, Row, sheet  # noqa: E402
 SCENES = (("chelsea", 285, "Egyptian cat"), ("coffee", 967, "espresso"))
 SHOWN = (
     "gradcam", "gradcam++", "eigencam", "scorecam", "guidedgradcam", "integrated", "smoothgrad", "rise", "excitation",
-    "contrastive",
 )  # fmt: skip
-OVERLAID = ("gradcam", "gradcam++", "eigencam", "scorecam", "rise", "excitation", "contrastive")
+OVERLAID = ("gradcam", "gradcam++", "eigencam", "scorecam", "rise", "excitation")
 OPTIONS = Options(cam_layer="features.12", masks=4000)
 SIDE = 176
 
@@ -59,7 +58,7 @@ def main(weights: str, out: str = str(HERE / "methods.png")) -> None:
             print(name, method.name, flush=True)
         half = (len(panels) + 1) // 2
         rows += [Row(panels[:half]), Row(panels[half:])]
-    sheet(rows, width=SIDE, title="SqueezeNet 1.0, maps of layers at features.12").save(out)
+    sheet(rows, width=SIDE, title="SqueezeNet 1.0, maps of layers at features.12").save(out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ class ExcitationBackprop(GradientAttribution):
             additional_forward_args: passed on behind the inputs.
             contrastive: subtract the pass in which the weights of the last linear layers are negated (section 3.4):
                 what speaks for the target and not for the others. The result sums to 0 at every layer below, where
-                neither pass lost a share. It has both signs; the authors show its positive part.
+                neither pass lost a share. It has both signs; the authors show its positive part. Right below a 1x1
+                convolution that is contrasted, as SqueezeNet ends, it is 0 at each position: look further down.
             contrast_layer: a module or a name: negate the topmost weights of this layer instead of the model's.
             sum_channels: sum P over the channels, as the authors show it; of maps without positions ``(N, C)`` it is
                 not summed.
