@@ -115,7 +115,7 @@ class Synthesis(Result):
             value = float(self.scores[k, self.kept[k]])
             caption = f"score {number(value)}"
             if self.probabilities is not None:
-                caption = f"probability {_share(float(self.probabilities[k]))}\n{caption}"
+                caption = f"{_share(float(self.probabilities[k]))}\n{caption}"
             panels.append(Panel(pixels, f"{self._title(k, names)}\n{caption}", photograph=True))
         rows = [Row(panels[start : start + columns]) for start in range(0, len(panels), columns)]
         return sheet(rows, title=title, note=note, width=width)
@@ -126,18 +126,18 @@ class Synthesis(Result):
 
     def _title(self, k: int, names: Sequence[str] | None) -> str:
         target = self.targets[k]
-        kind = "class" if self.layer is None else "channel"
         if target is None:
             return self.layer or "output"
-        if isinstance(target, int):
-            return f"{kind} {target}" if names is None else names[target]
-        first = f"{kind} {target[0]}" if names is None else names[target[0]]
-        return f"{first} at {', '.join(map(str, target[1:]))}" if target[1:] else first
+        first, *rest = (target,) if isinstance(target, int) else target
+        name = f"{'class' if self.layer is None else 'channel'} {first}"
+        if names is not None and first < len(names):
+            name = names[first]
+        return f"{name} at {', '.join(map(str, rest))}" if rest else name
 
 
 def _share(probability: float) -> str:
-    """Three decimals, and never 1 for what is less."""
-    return f"{probability:.3f}" if probability < 0.9995 or probability == 1.0 else "> 0.999"
+    """Three decimals, and never 1."""
+    return f"p = {probability:.3f}" if probability < 0.9995 else "p > 0.999"
 
 
 class _Options(NamedTuple):
@@ -207,8 +207,8 @@ class ClassModel:
             steps: at least 1.
             lr: length of a step (Euclidean, over all values of an image), in the units of the network's input.
             l2: the penalty's weight, at least 0.
-            jitter: offsets in pixels, down and to the right, are drawn from -jitter..jitter in the last step; their range
-                grows to that from nothing. 0 for none.
+            jitter: greatest offset in pixels, up, down, left and right; 0 for none. The offsets of step t of T are
+                drawn from those up to jitter * (t / T)**2, so that the first steps agree on where things are.
             blur_every: after every so many steps but the last the image is blurred; 0 or None for never.
             blur_sigma: of the Gaussian, in pixels, cut off at 4 sigma.
             init: "zero"; "noise", normal of deviation 0.1, seeded as the offsets are; or a tensor ``(C, H, W)``, or
@@ -411,7 +411,8 @@ class _Ascent:
             bar.advance(count)
         for target in (t for t, moved in zip(select.targets, driven.tolist(), strict=True) if not moved):
             warnings.warn(
-                f"The score of the target {target} had no gradient at any step: nothing drives its image.",
+                f"The score of the target {target!r} had no gradient at any step, so nothing drives its image; "
+                "another init may.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -578,7 +579,7 @@ def _listed(value: Any) -> Any:
     """Of a mean or deviation for the settings: numbers, but of an image its shape alone."""
     if value is None:
         return None
-    found = torch.as_tensor(value)
+    found = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     return found.tolist() if found.numel() <= 16 else f"an image of the shape {tuple(found.shape)}"
 
 
@@ -603,7 +604,7 @@ def _offsets(items: Sequence[tuple[Any, ...]], options: _Options) -> Tensor:
     """(n, steps, 2), drawn on the CPU and so the same on every device."""
     # Near the zero image the gradients at far offsets disagree, and steps of one length undo each other.
     part = torch.arange(1, options.steps + 1, dtype=torch.float64)[:, None] / options.steps
-    reach = (options.jitter * part).round()
+    reach = (options.jitter * part.square()).round()
     draws = [
         torch.rand(options.steps, 2, generator=_generator("jitter", item), dtype=torch.float64)
         for item in items
@@ -643,5 +644,5 @@ def _check_finite(scores: Tensor, targets: Sequence[One]) -> None:
         if steps.any():
             first = int(steps.nonzero()[0, 0])
             raise FloatingPointError(
-                f"The score of the target {target} is not finite after {first} steps: lower lr or l2."
+                f"The score of the target {target!r} is not finite after {first} steps: lower lr or l2."
             )
