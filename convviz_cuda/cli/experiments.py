@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -459,13 +460,17 @@ def class_model(
             named = _numbers("--target", target) if target is not None else everything[:12]
         else:
             named = _numbers("--channel", channel) if channel is not None else [None]
-        try:
-            found = ascent.generate(
-                everything if named is None else named,
-                mean=shown.mean, std=shown.std, size=shape, progress=True, **options,
-            )  # fmt: skip
-        except (IndexError, FloatingPointError) as error:
-            raise ValueError(str(error)) from None
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                found = ascent.generate(
+                    everything if named is None else named,
+                    mean=shown.mean, std=shown.std, size=shape, progress=True, **options,
+                )  # fmt: skip
+            except (IndexError, FloatingPointError) as error:
+                raise ValueError(str(error)) from None
+    for warning in heard:
+        say(str(warning.message))
     found.settings |= {"model": model, "weights": None if weights is None else str(weights)}
     report.json("classmodel.json", found)
     draw = functools.partial(found.plot_sheet, names=names if layer is None else None)
