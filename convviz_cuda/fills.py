@@ -49,7 +49,7 @@ def fill_values(images: Tensor, fill: Fill, seed: int = 0) -> Tensor:
         if fill == "grey":
             return ((wide.amax((2, 3), keepdim=True) + wide.amin((2, 3), keepdim=True)) / 2).to(images.dtype)
         if fill == "blur":
-            return _blurred(wide).to(images.dtype)
+            return gaussian_blur(wide, BLUR_SIGMA, BLUR_KERNEL).to(images.dtype)
         mean, deviation = wide.mean((2, 3), keepdim=True), wide.std((2, 3), keepdim=True, correction=0)
         noise = [
             torch.randn(
@@ -68,12 +68,14 @@ def fill_values(images: Tensor, fill: Fill, seed: int = 0) -> Tensor:
     return value.to(images.dtype).to(images.device).view(1, -1, 1, 1)
 
 
-def _blurred(images: Tensor) -> Tensor:
-    place = torch.arange(BLUR_KERNEL, dtype=torch.float64) - BLUR_KERNEL // 2
-    line = torch.exp(-(place**2) / (2 * BLUR_SIGMA**2))
+def gaussian_blur(images: Tensor, sigma: float, kernel: int) -> Tensor:
+    """Images (N, C, H, W) under a normalised Gaussian of ``kernel`` pixels a side (odd), mirrored at the border
+    without repeating the outermost pixel; where the image is too small for that, its outermost pixel goes on."""
+    half = kernel // 2
+    place = torch.arange(kernel, dtype=torch.float64) - half
+    line = torch.exp(-(place**2) / (2 * sigma**2))
     line = (line / line.sum()).to(images)
     channels = images.shape[1]
-    half = BLUR_KERNEL // 2
     mode = "reflect" if min(images.shape[2:]) > half else "replicate"
     padded = F.pad(images, (half, half, half, half), mode=mode)
     across = F.conv2d(padded, line.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)

@@ -406,3 +406,58 @@ def ablate(
 
     with refusing():
         run(variants, epochs, scenes, seed, workers, out)
+
+
+@app.command()
+def classmodel(
+    out: OutFolder,
+    model: Model = "zfnet_mini",
+    weights: Weights = None,
+    target: Annotated[
+        str | None, typer.Option(help="Classes, such as 0-11,20, or all. [default: the first 12]")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Maximise this layer instead: its channels, or all of it.")
+    ] = None,
+    channel: Annotated[
+        str | None, typer.Option(help="Channels of the layer, such as 0-11,20, or all.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of the ascent.")] = 100,
+    lr: Annotated[float, typer.Option(help="Length of a step, in units of the network's input.")] = 25.0,
+    l2: Annotated[float, typer.Option(help="Weight of the penalty, the squared length of the image.")] = 1e-3,
+    jitter: Annotated[int, typer.Option(help="Pixels by which steps shift the image at most.")] = 16,
+    blur: Annotated[int, typer.Option(help="Blur after every so many steps; 0 for never.")] = 10,
+    sigma: Annotated[float, typer.Option(help="Of the blur, in pixels.")] = 0.5,
+    init: Annotated[str, typer.Option(help="zero or noise.")] = "zero",
+    seed: Annotated[int, typer.Option(help="Another seed shifts otherwise.")] = 0,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the images. [default: 224; for zfnet_mini 96]", rich_help_panel="Pictures"
+        ),
+    ] = None,
+    mean: Mean = IMAGENET[0],
+    std: Std = IMAGENET[1],
+    labels: Annotated[
+        Path | None, typer.Option(help="Class names, one a line or JSON.", rich_help_panel="Model")
+    ] = None,
+    device: Device = "auto",
+    batch_size: BatchSize = 32,
+) -> None:
+    """Images that maximise the score of a class, or the channels of a layer, from a grey start.
+
+    Simonyan, Vedaldi & Zisserman 2013, section 2. Raw images are in images.safetensors.
+    """
+    from .console import arguments
+    from .experiments import class_model as run
+    from .request import as_device, as_numbers
+
+    with refusing():
+        with arguments():
+            shown = as_numbers("--mean", mean), as_numbers("--std", std)
+            where = as_device(device)
+        options = {
+            "steps": steps, "lr": lr, "l2": l2, "jitter": jitter, "blur_every": blur, "blur_sigma": sigma,
+            "init": init, "seed": seed, "batch_size": batch_size,
+        }  # fmt: skip
+        run(model, weights, target, layer, channel, size, *shown, labels, where, out, options)

@@ -1,9 +1,11 @@
-"""``convviz features``, ``evolve``, ``invariance``, ``correspond``, ``probes`` and ``ablate``: one experiment each."""
+"""``convviz features``, ``evolve``, ``invariance``, ``correspond``, ``probes``, ``ablate`` and ``classmodel``: one
+experiment each."""
 
 from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 
 from .. import models, scenes
 from ..batch import ImageError, find_images
-from ..journal import digest
-from ..loading import load_model, load_weights
+from ..journal import digest, write_atomically
+from ..loading import load_model, load_weights, read_labels
 from ..preprocess import Preprocess, open_image
 from ..results import Result
 from .console import Refusal, arguments, counted, say
@@ -405,4 +407,81 @@ def ablate(variants: str, epochs: int | None, count: int | None, seed: int, work
     report.json("ablation.json", found)
     report.picture("ablation.png", found.plot)
     print(found.table())
+    report.end()
+
+
+def class_model(
+    model: str,
+    weights: Path | None,
+    target: str | None,
+    layer: str | None,
+    channel: str | None,
+    size: int | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    labels: Path | None,
+    device: torch.device,
+    out: Path,
+    options: dict[str, Any],
+) -> None:
+    """Images that maximise class scores, channels of a layer or the whole layer."""
+    from safetensors.torch import save
+
+    from ..activations import LayerReader
+    from ..synthesis import ClassModel
+
+    _check_out(out)
+    report = _Report(out)
+    with arguments():
+        if layer is not None and target is not None:
+            raise ValueError("--target names classes and --layer a layer: give one of the two.")
+        if layer is None and channel is not None:
+            raise ValueError("--channel names channels of --layer, which is not given.")
+        if size is not None and size < 1:
+            raise ValueError(f"--size is a number of pixels, at least 1, but it is {size}.")
+        shown = Preprocess(None, None, tuple(mean), tuple(std))
+        names = read_labels(labels) if labels is not None else None
+        if model == MINI:
+            net, names = _mini(weights), names or list(scenes.CLASSES)
+            shown = Preprocess(None, None, models.ZFNET_MINI_MEAN, models.ZFNET_MINI_STD)
+        else:
+            net = load_model(model, weights)
+        net = net.to(device).requires_grad_(False)
+        side = size or (SIDE if model == MINI else 224)
+        shape = (len(shown.mean), side, side)
+        ascent = ClassModel(net, layer)
+        try:
+            with torch.no_grad():
+                _, maps = LayerReader(net, [layer or ""])(torch.zeros(1, *shape, device=device))
+        except RuntimeError as error:
+            raise ValueError(f"The model takes no images of {side} x {side} pixels: {error}") from None
+        everything = range(maps[0].shape[1])
+        if layer is None:
+            named = _numbers("--target", target) if target is not None else everything[:12]
+        else:
+            named = _numbers("--channel", channel) if channel is not None else [None]
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                found = ascent.generate(
+                    everything if named is None else named,
+                    mean=shown.mean, std=shown.std, size=shape, progress=True, **options,
+                )  # fmt: skip
+            except (IndexError, FloatingPointError) as error:
+                raise ValueError(str(error)) from None
+    for warning in heard:
+        say(str(warning.message))
+    found.settings |= {"model": model, "weights": None if weights is None else str(weights)}
+    report.json("classmodel.json", found)
+    draw = functools.partial(found.plot_sheet, names=names if layer is None else None)
+    report.picture("classmodel.png", draw)
+    report.picture("scores.png", found.plot)
+    images = save({"images": found.images.cpu().contiguous()})
+    report.picture("images.safetensors", lambda path: write_atomically(path, lambda file: file.write(images)))
+    if found.probabilities is not None:
+        least = int(found.probabilities.argmin())
+        print(
+            f"{counted(len(found.targets), 'class model')}; the least probable has the class "
+            f"{found.targets[least]} at {float(found.probabilities[least]):.4f}."
+        )
     report.end()
