@@ -128,6 +128,20 @@ def test_shifted_rolls_each_image():
     assert torch.equal(found, expected) and torch.equal(synthesis.shifted(found, -offsets), x)
 
 
+def test_offsets_are_even_and_their_range_grows():
+    seeds = [(0, k, 0) for k in range(600)]
+    options = synthesis._Options(10, 1.0, 0.0, 4, 0, 0.0, True, "last")
+    offsets = synthesis._offsets(seeds, options)
+    for step in range(10):
+        reach = round(4 * ((step + 1) / 10) ** 2)
+        values, counts = offsets[:, step].unique(return_counts=True)
+        assert values.tolist() == list(range(-reach, reach + 1))
+        expected = 1200 / len(values)
+        assert (counts - expected).abs().max() < 5 * expected**0.5
+    down, right = offsets[:, -1].double().T
+    assert abs(torch.corrcoef(torch.stack([down, right]))[0, 1]) < 0.2
+
+
 @pytest.mark.parametrize("sigma", [0.5, 1.3, 2.0])
 def test_blur(sigma):
     x = np.random.default_rng(0).normal(size=(2, 3, 13, 11))
@@ -326,7 +340,7 @@ def test_starts():
     init = torch.randn(3, *SIZE, dtype=torch.float64)
     kept = init.clone()
     options = {**SHORT, "size": None}
-    found = ClassModel(model).generate([1, 1, 4], **options, init=init)
+    found = ClassModel(model).generate([1, 1, 4], **options, init=init, batch_size=2)
     plain = net()
     expected = torch.stack([plain(init[k : k + 1])[0, c] for k, c in enumerate((1, 1, 4))])
     torch.testing.assert_close(found.scores[:, 0], expected)
