@@ -1,8 +1,8 @@
 """Ops for methods that look at many masked images: RISE, Score-CAM, the curves of insertion and deletion.
 
 Masks are never stored at the size of an image: they are sampled bilinearly from small grids while the images are
-multiplied, or follow from the order of the pixels in which a fill takes their place. :func:`philox` gives the random numbers that masks are drawn from, the same on every device and in any
-chunks. None of these functions is differentiable.
+multiplied, or follow from the order in which a fill takes the place of pixels. :func:`philox` gives the random numbers
+that masks are drawn from, the same on every device and in any chunks. None of these functions is differentiable.
 """
 
 from __future__ import annotations

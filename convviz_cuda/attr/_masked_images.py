@@ -1,4 +1,4 @@
-"""Scores of many masked images: masks sampled from small grids, some images at a time in one reused buffer."""
+"""Scores of many masked images, some at a time in one reused buffer, whatever it is that masks them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from ..mask_ops import mask_images_
 from ..progress import Progress
-from ._inputs import Target, gains_turned
+from ._inputs import Target, gains_turned, select_target
 from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
 
+# Writes masked images, from one number to another, into memory of their shape: ``(out, images, start, stop)``. Gives
+# which image each is made of, on the device and on the host. The images are the caller's, in the layout of ``out``.
+Mask = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Sequence[int]]]
 # From one number of a masked image to another: the grids (n, h, w), which image each hides and the offsets (n, 2), as
 # mask_images takes them, and the images' numbers once more, on the host.
 Masks = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None, Sequence[int]]]
@@ -28,14 +31,11 @@ class MaskedImages:
     def __init__(
         self,
         images: Tensor,
-        masks: Masks,
+        mask: Mask,
         count: int,
         evaluate: Evaluate,
-        scale: tuple[float, float] | None = None,
-        shift: tuple[float, float] | None = None,
     ) -> None:
-        self.images, self.masks, self.count, self.evaluate = images.detach(), masks, count, evaluate
-        self.sampling = scale, shift
+        self.images, self.mask, self.count, self.evaluate = images.detach(), mask, count, evaluate
         self.layout = memory_format(images)
 
     def _room(self, count: int, layout: torch.memory_format) -> Tensor:
@@ -43,10 +43,9 @@ class MaskedImages:
         return torch.empty(size, dtype=self.images.dtype, device=self.images.device, memory_format=layout)
 
     def _scores(self, start: int, stop: int, images: Tensor, room: Tensor) -> Tensor:
-        grids, image, offsets, numbers = self.masks(start, stop)
         # Written anew for each forward: the function may have changed it in place.
         given = room[: stop - start]
-        mask_images_(given, images, grids, image, offsets, *self.sampling)
+        image, numbers = self.mask(given, images, start, stop)
         return self.evaluate(given, image, numbers)
 
     def _probe(self, start: int, stop: int, layout: torch.memory_format) -> Tensor:
@@ -134,6 +133,51 @@ class MaskedImages:
         return found.shape == expected.shape and torch.allclose(
             found, expected, rtol=0, atol=bound, equal_nan=True
         )
+
+
+def sampled(
+    masks: Masks, scale: tuple[float, float] | None = None, shift: tuple[float, float] | None = None
+) -> Mask:
+    """Masks that are sampled from small grids while the images are multiplied."""
+
+    def mask(out: Tensor, images: Tensor, start: int, stop: int) -> tuple[Tensor, Sequence[int]]:
+        grids, image, offsets, numbers = masks(start, stop)
+        mask_images_(out, images, grids, image, offsets, scale, shift)
+        return image, numbers
+
+    return mask
+
+
+def image_scores(
+    output: Any, score: str, each: list[Callable[[Sequence[int]], Target]] | None, numbers: Sequence[int]
+) -> Tensor:
+    """(n, K): the scores of each masked image, in float32 at least.
+
+    score: "softmax", probabilities over dimension 1, or "output", as it is.  each: K targets as :func:`of_each_image`
+    makes them; None: all classes.  numbers: of the images.
+    """
+    assert isinstance(output, Tensor), (
+        f"The forward function must return a tensor, but it returned {type(output)}."
+    )
+    assert output.dim() and output.shape[0] == len(numbers), (
+        f"forward_func must return scores of each image: for {len(numbers)} images it gave the shape "
+        f"{tuple(output.shape)}."
+    )
+    if output.dtype != torch.float64:
+        output = output.float()
+    if score == "softmax":
+        if output.dim() < 2 or output.shape[1] == 1:
+            raise ValueError(
+                "score='softmax' needs an output (N, classes, ...) of several classes, but its shape is "
+                f"{tuple(output.shape)}: use score='output'."
+            )
+        output = output.softmax(1)
+    if each is None:
+        assert output.dim() == 2, (
+            f"All classes need an output (N, classes), but its shape is {tuple(output.shape)}."
+        )
+        return output
+    return torch.stack([select_target(output, target(numbers)).reshape(-1) for target in each], 1)
 
 
 def of_each_image(target: Target, count: int) -> Callable[[Sequence[int]], Target]:
