@@ -16,13 +16,14 @@ BLUR_KERNEL, BLUR_SIGMA = 11, 5.0  # RISE's
 Fill = float | str | Sequence[float] | Tensor
 
 
-def fill_values(images: Tensor, fill: Fill, seed: int = 0) -> Tensor:
+def fill_values(images: Tensor, fill: Fill, seed: int = 0, first: int = 0) -> Tensor:
     """What an occluder shows, broadcasting to the images (B, C, H, W), in their dtype and on their device.
 
     A number; one number a channel; "mean": each image's mean colour; "grey": the middle of each channel's
     range in its image; "blur": the image under a Gaussian (11 pixels, sigma 5: RISE's); "noise": normal with
     each channel's mean and deviation, drawn for each image from a generator seeded with ``seed`` and its
-    number, on the CPU and so the same on every device; or a tensor that broadcasts.
+    number, on the CPU and so the same on every device; or a tensor that broadcasts. ``first`` is the number of the
+    first image, where they are a part of a batch.
     """
     count, channels, height, width = images.shape
     if isinstance(fill, Tensor):
@@ -53,7 +54,11 @@ def fill_values(images: Tensor, fill: Fill, seed: int = 0) -> Tensor:
         mean, deviation = wide.mean((2, 3), keepdim=True), wide.std((2, 3), keepdim=True, correction=0)
         noise = [
             torch.randn(
-                1, channels, height, width, generator=torch.Generator().manual_seed(seed * 1_000_003 + item)
+                1,
+                channels,
+                height,
+                width,
+                generator=torch.Generator().manual_seed(seed * 1_000_003 + first + item),
             )
             for item in range(count)
         ]

@@ -1,8 +1,8 @@
-"""Ops for methods that look at many masked images: RISE, Score-CAM.
+"""Ops for methods that look at many masked images: RISE, Score-CAM, the curves of insertion and deletion.
 
 Masks are never stored at the size of an image: they are sampled bilinearly from small grids while the images are
-multiplied. :func:`philox` gives the random numbers that masks are drawn from, the same on every device and in any
-chunks. None of these functions is differentiable.
+multiplied, or follow from the order in which a fill takes the place of pixels. :func:`philox` gives the random numbers
+that masks are drawn from, the same on every device and in any chunks. None of these functions is differentiable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .window_checks import same_kind
 from .window_ops import change
 from .window_reference import layout_of
 
-__all__ = ["mask_images", "mask_images_", "philox"]
+__all__ = ["mask_images", "mask_images_", "philox", "replace_ranked", "replace_ranked_"]
 
 Pair = float | Sequence[float] | None
 
@@ -106,20 +106,24 @@ def mask_images_(
     Fast where ``out`` is contiguous or channels_last; images of the other layout are copied to it once.
     """
     arguments = checked_masks(images, grids, image, offsets, scale, shift)
+    _check_out(out, images, grids.shape[0])
+    if two_layouts(out) is not out:
+        out.copy_(mask_images_op(two_layouts(images), *arguments))
+        return
+    images = images.contiguous(memory_format=memory_format(out))
+    change(mask_images_inplace_op, out, images, *arguments)
+
+
+def _check_out(out: Tensor, images: Tensor, count: int) -> None:
     check_images("out", out)
     same_kind("out", out, "images", images)
-    shape = (grids.shape[0], *images.shape[1:])
+    shape = (count, *images.shape[1:])
     if out.shape != shape:
         raise ValueError(f"out must have the shape {shape}, but it has the shape {tuple(out.shape)}.")
     if 0 in out.stride() and out.numel() > 1:
         raise ValueError(f"out must have memory for each element, but its strides are {out.stride()}.")
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out must not require a gradient where it is changed in place: use torch.no_grad().")
-    if two_layouts(out) is not out:
-        out.copy_(mask_images_op(two_layouts(images), *arguments))
-        return
-    images = images.contiguous(memory_format=memory_format(out))
-    change(mask_images_inplace_op, out, images, *arguments)
 
 
 def _fit(images: Tensor, grids: Tensor, image: Tensor, offsets: Tensor) -> bool:
@@ -191,6 +195,118 @@ def _two_numbers(name: str, value: Any) -> list[float]:
     if not all(map(math.isfinite, pair)):
         raise ValueError(f"{name} must be finite, but it is {value!r}.")
     return pair
+
+
+# ------------------------------------------------------------------------------- pixels by their ranks
+
+_RANKED = "Tensor images, Tensor fills, Tensor ranks, Tensor image, Tensor low, Tensor high"
+
+replace_ranked_op = define(
+    "replace_ranked",
+    f"({_RANKED}) -> Tensor",
+    reference.replace_ranked,
+    lambda images, fills, ranks, image, *_: torch.empty(
+        (image.shape[0], *images.shape[1:]),
+        dtype=images.dtype,
+        device=images.device,
+        memory_format=layout_of(images),
+    ),
+    vmap=looped("replace_ranked"),
+    differentiable=False,
+)
+replace_ranked_inplace_op = define(
+    "replace_ranked_",
+    f"(Tensor(a!) out, {_RANKED}) -> ()",
+    reference.replace_ranked_,
+    lambda *_: None,
+    differentiable=False,
+)
+
+
+def replace_ranked(
+    images: Tensor, fills: Tensor, ranks: Tensor, image: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    """Images in which a fill stands where the pixels' ranks are in a range: all variants of a curve in one launch.
+
+    ``out[m]`` is ``fills[image[m]]`` where ``low[m] <= ranks[image[m]] < high[m]`` and ``images[image[m]]`` elsewhere.
+    With the ranks of an order of pixels, the most important first, ``[0, k)`` deletes the first k and
+    ``[k, H * W)`` shows the first k on the fill. Values are copied, whatever they are.
+
+    Args:
+        images: ``(B, C, H, W)``, contiguous or channels_last (other strides are copied once).
+        fills: of the images' dtype; each of its four sizes is 1 or the images'. Never copied.
+        ranks: ``(B, H, W)`` int32 (int64 are converted once, and must fit): each pixel's position in the order, or that
+            of the region it is in.
+        image: ``(M,)`` int64: which image each variant is made of. A number beyond the batch counts as the nearest.
+        low, high: ``(M,)`` int64: the ranks that show the fill; none where low is not below high.
+
+    Returns:
+        ``(M, C, H, W)`` in the layout of ``images``. float64, float32, bfloat16 and float16.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit together.
+
+    Petsiuk, Das & Saenko 2018 (RISE), section 4.2; Samek et al. 2017, section III.
+    """
+    arguments = _checked_ranks(images, fills, ranks, image, low, high)
+    return replace_ranked_op(two_layouts(images), *arguments)
+
+
+def replace_ranked_(
+    out: Tensor, images: Tensor, fills: Tensor, ranks: Tensor, image: Tensor, low: Tensor, high: Tensor
+) -> None:
+    """:func:`replace_ranked` into ``out`` ``(M, C, H, W)``, which must not share memory with the images and fills.
+
+    Fast where ``out`` is contiguous or channels_last; images of the other layout are copied to it once.
+    """
+    arguments = _checked_ranks(images, fills, ranks, image, low, high)
+    _check_out(out, images, image.shape[0])
+    if two_layouts(out) is not out:
+        out.copy_(replace_ranked_op(two_layouts(images), *arguments))
+        return
+    images = images.contiguous(memory_format=memory_format(out))
+    change(replace_ranked_inplace_op, out, images, *arguments)
+
+
+def _checked_ranks(
+    images: Tensor, fills: Tensor, ranks: Tensor, image: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, ...]:
+    """The arguments behind the images as the ops take them."""
+    check_images("images", images)
+    check_images("fills", fills)
+    same_kind("fills", fills, "images", images)
+    if any(size not in (1, whole) for size, whole in zip(fills.shape, images.shape, strict=True)):
+        raise ValueError(
+            f"fills must broadcast to the images' shape {tuple(images.shape)}, but it has the shape "
+            f"{tuple(fills.shape)}."
+        )
+    for name, table in (("ranks", ranks), ("image", image), ("low", low), ("high", high)):
+        check_tensor(name, table)
+        kinds = (torch.int32, torch.int64) if name == "ranks" else (torch.int64,)
+        if table.dtype not in kinds:
+            allowed = "int32 or int64" if name == "ranks" else "int64"
+            raise TypeError(f"{name} must be {allowed}, but it is {table.dtype}.")
+        if table.device != images.device:
+            raise ValueError(
+                f"{name} must be on {images.device} as the images are, but it is on {table.device}."
+            )
+    if ranks.shape != (images.shape[0], *images.shape[2:]):
+        raise ValueError(
+            f"ranks must have the shape {(images.shape[0], *images.shape[2:])}, one for each pixel, but it has the "
+            f"shape {tuple(ranks.shape)}."
+        )
+    if image.dim() != 1:
+        raise ValueError(f"image must have the shape (M,), but it has the shape {tuple(image.shape)}.")
+    for name, table in (("low", low), ("high", high)):
+        if table.shape != image.shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(image.shape)} as image has, but it has the shape "
+                f"{tuple(table.shape)}."
+            )
+    if image.shape[0] and not images.shape[0]:
+        raise ValueError(f"There are {image.shape[0]} variants, but no images.")
+    ranks = ranks.to(torch.int32).contiguous()
+    return fills.expand(images.shape), ranks, image.contiguous(), low.contiguous(), high.contiguous()
 
 
 # ---------------------------------------------------------------------------------------- random numbers

@@ -53,6 +53,25 @@ def mask_images_(out: Tensor, *arguments) -> None:
     out.copy_(mask_images(*arguments))
 
 
+@torch.no_grad()
+def replace_ranked(
+    images: Tensor, fills: Tensor, ranks: Tensor, image: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
+    layout = layout_of(images)
+    shape = (image.shape[0], *images.shape[1:])
+    if 0 in shape:
+        return images.new_empty(shape).contiguous(memory_format=layout)
+    image = image.clamp(0, images.shape[0] - 1)
+    rank = ranks[image]
+    hidden = (rank >= low[:, None, None]) & (rank < high[:, None, None])
+    return torch.where(hidden[:, None], fills[image], images[image]).contiguous(memory_format=layout)
+
+
+@torch.no_grad()
+def replace_ranked_(out: Tensor, *arguments) -> None:
+    out.copy_(replace_ranked(*arguments))
+
+
 WORD = 0xFFFFFFFF
 
 

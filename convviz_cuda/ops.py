@@ -35,7 +35,7 @@ from .checks import (
     rule_code,
     two_layouts,
 )
-from .mask_ops import mask_images, mask_images_, philox
+from .mask_ops import mask_images, mask_images_, philox, replace_ranked, replace_ranked_
 from .reference import GRADIENT, IDENTITY, RULES
 from .window_ops import (
     add_windows_,
@@ -65,6 +65,8 @@ __all__ = [
     "relu_",
     "relu_backward",
     "relu_max_pool2d",
+    "replace_ranked",
+    "replace_ranked_",
     "sum_windows",
     "switch_unpool2d",
     "window_mean",

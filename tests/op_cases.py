@@ -24,6 +24,7 @@ from op_truth import (
     relu_truth,
     unpool_truth,
 )
+from ranked_cases import RANKED_CASES
 from torch import Tensor
 from window_cases import WINDOW_CASES
 from winograd_cases import WINOGRAD_CASES
@@ -231,6 +232,7 @@ CASES: list[Case] = [
     *WINDOW_CASES,
     *WINOGRAD_CASES,
     *MASK_CASES,
+    *RANKED_CASES,
 ]
 
 

@@ -33,6 +33,8 @@ OPS = {
     "winograd_output",
     "mask_images",
     "mask_images_",
+    "replace_ranked",
+    "replace_ranked_",
     "philox",
 }
 # Every op on both devices; prints which raised, what info() says, and whether the extension was imported.
@@ -73,6 +75,8 @@ def calls(device):
         mask_images=lambda: ops.mask_images(x, x[0], table(1)[0]),
         mask_images_=lambda: ops.mask_images_(ones(1, 1, 2, 2), x, x[0], table(1)[0]),
         philox=lambda: ops.philox(table(1)[0], 5),
+        replace_ranked=lambda: ops.replace_ranked(x, x, x[0].int(), *[table(1)[0]] * 3),
+        replace_ranked_=lambda: ops.replace_ranked_(ones(1, 1, 2, 2), x, x, x[0].int(), *[table(1)[0]] * 3),
     )
 
 def error(call):

@@ -224,6 +224,8 @@ LARGE = {
     ),
     "mask_images": lambda x: ops.mask_images(x, *_grids(x)),
     "mask_images_": lambda x: _masked_into(x, *_grids(x)),
+    "replace_ranked": lambda x: ops.replace_ranked(x, *_ranked(x)),
+    "replace_ranked_": lambda x: _ranked_into(x, *_ranked(x)),
     "philox": lambda x: ops.philox(torch.arange(2000, device=x.device), 103, 5, 7),
 }
 
@@ -247,6 +249,21 @@ def _grids(x):
 def _masked_into(x, *arguments):
     out = x.new_ones(16, *x.shape[1:]).contiguous(memory_format=memory_format(x))
     ops.mask_images_(out, x, *arguments)
+    return out
+
+
+def _ranked(x):
+    """16 ranges of ranks, each of an image; a fill of one value a channel."""
+    place = torch.arange(16, device=x.device)
+    pixels = x.shape[2] * x.shape[3]
+    ranks = (torch.arange(x.shape[0] * pixels, device=x.device) * 7919 % pixels).int()
+    ranks = ranks.view(x.shape[0], *x.shape[2:])
+    return x[:1, :, :1, :1], ranks, place % 2, place * 10, place * place * 20
+
+
+def _ranked_into(x, *arguments):
+    out = x.new_ones(16, *x.shape[1:]).contiguous(memory_format=memory_format(x))
+    ops.replace_ranked_(out, x, *arguments)
     return out
 
 

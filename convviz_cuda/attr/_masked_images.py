@@ -1,4 +1,4 @@
-"""Scores of many masked images: masks sampled from small grids, some images at a time in one reused buffer."""
+"""Scores of many masked images, some at a time in one reused buffer, whatever it is that masks them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor
 from ..mask_ops import checked_masks, mask_images_inplace_op
 from ..progress import Progress
 from ..window_ops import change
-from ._inputs import Target, gains_turned
+from ._inputs import Target, gains_turned, select_target
 from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
 
+# Writes masked images, from one number to another, into memory of their shape: ``(out, images, start, stop)``. Gives
+# which image each is made of, on the device and on the host. The images are the caller's, in the layout of ``out``.
+Mask = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Sequence[int]]]
 # From one number of a masked image to another: the grids (n, h, w), which image each hides and the offsets (n, 2), as
 # mask_images takes them, and the images' numbers once more, on the host.
 Masks = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None, Sequence[int]]]
@@ -30,44 +33,28 @@ class MaskedImages:
     def __init__(
         self,
         images: Tensor,
-        masks: Masks,
+        mask: Mask,
         count: int,
         evaluate: Evaluate,
-        scale: tuple[float, float] | None = None,
-        shift: tuple[float, float] | None = None,
     ) -> None:
-        # In one of the two layouts that the op knows.
+        # In one of the two layouts that the ops know.
         self.images = images.detach().contiguous(memory_format=memory_format(images))
-        self.masks, self.count, self.evaluate = masks, count, evaluate
-        self.sampling = scale, shift
+        self.mask, self.count, self.evaluate = mask, count, evaluate
         self.layout = memory_format(images)
-        self._block: tuple[int, int, Any] = 0, 0, None  # from one number to another, what ``masks`` gave
 
     def _room(self, count: int, layout: torch.memory_format) -> Tensor:
         size = (count, *self.images.shape[1:])
         return torch.empty(size, dtype=self.images.dtype, device=self.images.device, memory_format=layout)
 
-    def _masks(self, start: int, stop: int) -> tuple[tuple[Any, ...], Sequence[int]]:
-        """The op's arguments for these images, and their numbers.
-
-        Fetched and checked in blocks: the few of a forward are slices, which cost less than what made them.
-        """
-        first, last, block = self._block
-        if not first <= start <= stop <= last or block is None:
-            first, last = start, min(max(stop, start + BLOCK), self.count)
-            *tables, numbers = self.masks(first, last)
-            block = checked_masks(self.images, *tables, *self.sampling), numbers
-            self._block = first, last, block
-        (grids, image, offsets, *sampling), numbers = block
-        part = slice(start - first, stop - first)
-        return (grids[part], image[part], offsets[part], *sampling), numbers[part]
-
     def _scores(self, start: int, stop: int, images: Tensor, room: Tensor) -> Tensor:
-        arguments, numbers = self._masks(start, stop)
         # Written anew for each forward: the function may have changed it in place.
         given = room[: stop - start]
-        change(mask_images_inplace_op, given, images, *arguments)
-        return self.evaluate(given, arguments[1], numbers)
+        image, numbers = self.mask(given, images, start, stop)
+        scores = self.evaluate(given, image, numbers)
+        assert scores.dim() == 2 and len(scores) == stop - start, (
+            f"forward_func must return scores of each image: for {stop - start} images it gave {len(scores)}."
+        )
+        return scores
 
     def _probe(self, start: int, stop: int, layout: torch.memory_format) -> Tensor:
         images = self.images.contiguous(memory_format=layout)
@@ -154,6 +141,65 @@ class MaskedImages:
         return found.shape == expected.shape and torch.allclose(
             found, expected, rtol=0, atol=bound, equal_nan=True
         )
+
+
+def sampled(
+    masks: Masks,
+    count: int,
+    scale: tuple[float, float] | None = None,
+    shift: tuple[float, float] | None = None,
+) -> Mask:
+    """``count`` masks that are sampled from small grids while the images are multiplied."""
+
+    first = last = 0
+    block: Any = None
+
+    def mask(out: Tensor, images: Tensor, start: int, stop: int) -> tuple[Tensor, Sequence[int]]:
+        nonlocal first, last, block
+        # Fetched and checked in blocks: the few of a forward are slices, which cost less than what made them.
+        if block is None or not first <= start <= stop <= last:
+            first, last = start, max(stop, min(start + BLOCK, count))
+            *tables, numbers = masks(first, last)
+            block = checked_masks(images, *tables, scale, shift), numbers
+        (grids, image, offsets, *sampling), numbers = block
+        part = slice(start - first, stop - first)
+        change(mask_images_inplace_op, out, images, grids[part], image[part], offsets[part], *sampling)
+        return image[part], numbers[part]
+
+    return mask
+
+
+def image_scores(
+    output: Any, score: str, each: list[Callable[[Sequence[int]], Target]] | None, numbers: Sequence[int]
+) -> Tensor:
+    """(n, K): the scores of each masked image, in float32 at least.
+
+    score: "softmax", probabilities over dimension 1, or "output", as it is.  each: K targets as :func:`of_each_image`
+    makes them; None: all classes.  numbers: of the images.
+    """
+    assert isinstance(output, Tensor), (
+        f"The forward function must return a tensor, but it returned {type(output)}."
+    )
+    assert output.dim() and output.shape[0] == len(numbers), (
+        f"forward_func must return scores of each image: for {len(numbers)} images it gave the shape "
+        f"{tuple(output.shape)}."
+    )
+    if output.dtype != torch.float64:
+        output = output.float()
+    if score == "softmax":
+        if output.dim() < 2 or output.shape[1] == 1:
+            raise ValueError(
+                "score='softmax' needs an output (N, classes, ...) of several classes, but its shape is "
+                f"{tuple(output.shape)}: use score='output'."
+            )
+        output = output.softmax(1)
+    if each is None:
+        assert output.dim() == 2, (
+            f"All classes need an output (N, classes), but its shape is {tuple(output.shape)}."
+        )
+        return output
+    columns = [select_target(output, target(numbers)).reshape(-1, 1) for target in each]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
 def of_each_image(target: Target, count: int) -> Callable[[Sequence[int]], Target]:

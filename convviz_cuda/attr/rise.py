@@ -14,8 +14,8 @@ from torch import Tensor
 from ..checks import DTYPES, Pair, pair
 from ..mask_ops import philox
 from ..mask_reference import samples
-from ._inputs import Inputs, Target, as_tuple, extra_args, select_target, target_list
-from ._masked_images import MaskedImages, args_of_each_image, of_each_image
+from ._inputs import Inputs, Target, as_tuple, extra_args, target_list
+from ._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image, sampled
 
 Score = Literal["softmax", "output"]
 SUM_BYTES = 1 << 26  # of what the sum of masks holds at once
@@ -234,27 +234,18 @@ class RISE:
 
         def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
             output = self.forward_func(given, *args_of_each_image(extra_args(args), image, count))
-            return _scores(output, score, each, numbers)
+            return image_scores(output, score, each, numbers)
 
         masks = random_masks(n_masks, grid, p, int(seed), (height, width), images)
 
-        only = torch.zeros(n_masks, dtype=torch.int64, device=images.device)
-
         def masked(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
             """All images under one mask follow each other."""
-            if count == 1:  # views
-                return (
-                    masks.grids[start:stop],
-                    only[start:stop],
-                    masks.offsets[start:stop],
-                    [0] * (stop - start),
-                )
             number = torch.arange(start, stop, device=images.device)
             mask, image = number // count, number % count
             numbers = [i % count for i in range(start, stop)]
             return masks.grids[mask], image, masks.offsets[mask], numbers
 
-        many = MaskedImages(images, masked, n_masks * count, evaluate, masks.scale)
+        many = MaskedImages(images, sampled(masked, n_masks * count, masks.scale), n_masks * count, evaluate)
         scores = many.scores(batch_size, memory_limit, show_progress, "RISE")
         weights = scores.double().view(n_masks, -1) / (
             n_masks * float(p)
@@ -269,35 +260,8 @@ class RISE:
         if each is None:
             with torch.no_grad():
                 output = self.forward_func(images.detach().clone(), *extra_args(args))
-                kinds = _scores(output, score, None, range(count)).shape[1]
+                kinds = image_scores(output, score, None, range(count)).shape[1]
         return torch.zeros((kinds, count, 1, height, width), dtype=dtype, device=images.device)
-
-
-def _scores(output: Any, score: str, each: list | None, numbers: Sequence[int]) -> Tensor:
-    """(n, K): the scores of each masked image, in float32 at least."""
-    assert isinstance(output, Tensor), (
-        f"The forward function must return a tensor, but it returned {type(output)}."
-    )
-    assert output.dim() and output.shape[0] == len(numbers), (
-        f"forward_func must return scores of each image: for {len(numbers)} images it gave the shape "
-        f"{tuple(output.shape)}."
-    )
-    if output.dtype != torch.float64:
-        output = output.float()
-    if score == "softmax":
-        if output.dim() < 2 or output.shape[1] == 1:
-            raise ValueError(
-                "score='softmax' needs an output (N, classes, ...) of several classes, but its shape is "
-                f"{tuple(output.shape)}: use score='output'."
-            )
-        output = output.softmax(1)
-    if each is None:
-        assert output.dim() == 2, (
-            f"All classes need an output (N, classes), but its shape is {tuple(output.shape)}."
-        )
-        return output
-    columns = [select_target(output, target(numbers)).reshape(-1, 1) for target in each]
-    return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
 def _checked_images(inputs: Inputs) -> Tensor:

@@ -13,7 +13,7 @@ from ._cam import Finish
 from ._gradient import check_at_once
 from ._inputs import Target, as_tuple, extra_args, select_target, target_list
 from ._layer import Layer, LayerAttribution, Values
-from ._masked_images import MaskedImages, args_of_each_image, of_each_image
+from ._masked_images import MaskedImages, args_of_each_image, of_each_image, sampled
 
 # Bytes of upsampled maps that are looked at together for their smallest and largest values.
 UPSAMPLED_BYTES = 32 << 20
@@ -165,7 +165,7 @@ class ScoreCam(LayerAttribution):
             return torch.stack([pick(output, numbers).reshape(-1) for pick in picks], 1)
 
         sampling = self._sampling(maps.shape[2:], images.shape[2:])
-        many = MaskedImages(images, masks, len(grids), evaluate, *sampling)
+        many = MaskedImages(images, sampled(masks, len(grids), *sampling), len(grids), evaluate)
         scores = many.scores(at_once, None, show, "Score-CAM")
         return scores.to(maps.device).view(count, channels, -1).permute(2, 0, 1).softmax(-1).to(dtype)
 

@@ -18,6 +18,7 @@
 #include "kernels/philox.h"
 #include "kernels/pool_windows.h"
 #include "kernels/relu.h"
+#include "kernels/replace_ranked.h"
 #include "kernels/sum_windows.h"
 #include "kernels/switch_unpool.h"
 #include "kernels/window_mean.h"
@@ -336,6 +337,40 @@ void mask_images(const std::string& dtype, bool channels_last, const py::array& 
   });
 }
 
+// images, out: [N, C, H, W] in either layout; fills: the images' shape, at these strides in elements.
+void replace_ranked(bool channels_last, const py::array& images, const py::array& fills,
+                    const std::vector<int64_t>& fill_strides, const py::array& ranks, const py::array& image,
+                    const py::array& low, const py::array& high, const py::array& out) {
+  const auto call = [&](auto tag) {
+    using B = typename decltype(tag)::type;
+    const ReplaceRankedArgs<B> args{pointer<B>(images),
+                                    pointer<B>(fills),
+                                    pointer<int32_t>(ranks),
+                                    pointer<int64_t>(image),
+                                    pointer<int64_t>(low),
+                                    pointer<int64_t>(high),
+                                    pointer<B>(out),
+                                    images.shape(0),
+                                    out.shape(0),
+                                    out.shape(1),
+                                    out.shape(2),
+                                    out.shape(3),
+                                    fill_strides[0],
+                                    fill_strides[1],
+                                    fill_strides[2],
+                                    fill_strides[3]};
+    check(replace_ranked_cuda(args, channels_last, nullptr));
+  };
+  switch (images.itemsize()) {
+    case 2:
+      return call(Tag<uint16_t>{});
+    case 4:
+      return call(Tag<uint32_t>{});
+    default:
+      return call(Tag<uint64_t>{});
+  }
+}
+
 void philox(const py::array& streams, const py::array& out, uint64_t seed, uint64_t block) {
   const int64_t words = out.shape(1), blocks = ceil_div(words, 4);
   const Philox args{pointer<int64_t>(streams), pointer<int64_t>(out), words, Divider(blocks), seed, block};
@@ -359,6 +394,7 @@ PYBIND11_MODULE(_cuda_on_host, m) {
   m.def("winograd_output", &winograd_output);
   m.def("mask_images", &mask_images);
   m.def("philox", &philox);
+  m.def("replace_ranked", &replace_ranked);
   m.def("divide", [](int64_t index, int64_t divisor) { return Divider(divisor).quotient(index); });
   m.def("load_vector", [](const py::array& from) {
     float to[4];
