@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .attr._gradient import check_module, find_layer
+from .attr._gradient import check_module, evaluating, find_layer
 from .attr._taps import tapped
 
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while, each module in its own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+__all__ = ["LayerReader", "evaluating", "layer_features"]
 
 
 class LayerReader:

@@ -20,6 +20,7 @@ Parameters count as constants, whatever their ``requires_grad``.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ BACKWARD_RULES = ("gradient", "deconvnet", "guided")
 EXCITATION = "excitation"  # no rule of ReLUs: its forward records other nodes
 OVERLAPS = ("sum", "overwrite")
 NORMS = ("identity", "gradient")
+_HERE = threading.local()  # .rule: the innermost context of a thread
 _TLS_KEY = "convviz_cuda.backward_rule"
 
 
@@ -119,14 +121,13 @@ class backward_rule(TorchFunctionMode):
         self._rule = rule
 
     def __enter__(self) -> backward_rule:
-        # This slot is copied to autograd's own threads, which a threading.local is not.
         self._outer.append(_innermost())
-        torch._C._stash_obj_in_tls(_TLS_KEY, self)
+        _enter(self)
         return super().__enter__()
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)
-        torch._C._stash_obj_in_tls(_TLS_KEY, self._outer.pop())
+        _enter(self._outer.pop())
         silent = self._rule in ("gradient", EXCITATION) or not self.expects_rectifier
         if kind is None and self.layers and not self.rectifiers and not silent:
             _warn(
@@ -191,7 +192,18 @@ def _pass_no_probabilities(session: weakref.ref[backward_rule], operation: str) 
         )
 
 
+def _enter(rule: backward_rule | None) -> None:
+    _HERE.rule = rule
+    # This slot is copied to autograd's own threads of a GPU, which a threading.local is not. Not without one: PyTorch
+    # empties it when the system ends a thread, at which the interpreter may have ended before, and then aborts.
+    if torch.cuda.is_initialized():
+        torch._C._stash_obj_in_tls(_TLS_KEY, rule)
+
+
 def _innermost() -> backward_rule | None:
+    here = getattr(_HERE, "rule", None)
+    if here is not None:
+        return here
     return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
 
 

@@ -6,6 +6,9 @@ import contextlib
 import copy
 import functools
 import gc
+import os
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -687,3 +690,22 @@ def test_scale_of_a_16_bit_batch_norm_is_wide():
     with cv.backward_rule("gradient"):
         found = torch.autograd.grad(norm(x), x, torch.ones_like(x))[0]
     assert torch.equal(found, torch.full_like(found, 1e4))
+
+
+def test_threads_that_used_the_engine_do_not_abort_the_process_at_its_end():
+    """PyTorch empties a thread's slots after Python has let go of the thread, perhaps of itself."""
+    program = """
+import threading, torch, convviz_cuda
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+x = torch.randn(1, 3, 8, 8, requires_grad=True)
+def work():
+    with convviz_cuda.backward_rule("guided"):
+        torch.autograd.grad(model(x).sum(), x)
+    assert not torch._C._is_key_in_tls("convviz_cuda.backward_rule")
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr

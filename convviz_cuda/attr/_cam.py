@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._gradient import many_gradients, target_scores
+from ._gradient import check_at_once, many_gradients, target_scores
 from ._inputs import Inputs, Target, as_tuple, select_target
 from ._layer import LayerAttribution, Values
 
@@ -67,9 +67,7 @@ class ClassActivationMap(LayerAttribution):
         Raises AssertionError for a target that does not fit the output and for a layer that does not run, IndexError
         for a target out of range, ValueError for an unknown ``upsample`` or ``normalise`` or a layer without maps.
         """
-        finish = Finish(
-            self.rectifies if relu_attributions is None else relu_attributions, upsample, normalise
-        )
+        finish = Finish(relu_attributions, self.rectifies, upsample, normalise)
 
         def signals(scores: Any, wanted: Values) -> Values:
             return torch.autograd.grad(select_target(scores, target).sum(), wanted, create_graph=create_graph)
@@ -110,10 +108,9 @@ class ClassActivationMap(LayerAttribution):
         Returns:
             ``(K, N, 1, h, w)``.
         """
+        check_at_once("targets_per_pass", targets_per_pass)
         scores = target_scores(targets)
-        finish = Finish(
-            self.rectifies if relu_attributions is None else relu_attributions, upsample, normalise
-        )
+        finish = Finish(relu_attributions, self.rectifies, upsample, normalise)
 
         def signals(scores_of: Any, wanted: Values) -> Values:
             return many_gradients(scores_of, wanted, scores, targets_per_pass)
@@ -151,7 +148,7 @@ class ClassActivationMap(LayerAttribution):
         if not create_graph:
             values = tuple(v.detach() for v in values)
         weighed = [weighed_maps(type(self), v, g) for v, g in zip(values, gradients, strict=True)]
-        return tuple(finish(m, inputs) for m in weighed)
+        return tuple(finish(m, inputs, v.dim() - 1) for m, v in zip(weighed, values, strict=True))
 
 
 class Finish:
@@ -160,19 +157,25 @@ class Finish:
     Raises ValueError for an unknown name.
     """
 
-    def __init__(self, relu: bool, upsample: str | None, normalise: str | None) -> None:
+    def __init__(
+        self, relu: bool | None, rectifies: bool, upsample: str | None, normalise: str | None
+    ) -> None:
+        """relu: what was asked for; ``rectifies``: what None means."""
+        if relu is not None and not isinstance(relu, bool):
+            raise ValueError(f"relu_attributions must be True, False or None, but it is {relu!r}.")
         for name, value, known in (("upsample", upsample, UPSAMPLES), ("normalise", normalise, NORMALISES)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, but it is {value!r}.")
-        self.relu, self.upsample, self.normalise = relu, upsample, normalise
+        self.relu = rectifies if relu is None else relu
+        self.upsample, self.normalise = upsample, normalise
 
-    def __call__(self, maps: Tensor, inputs: Inputs) -> Tensor:
-        """``maps``: ``(..., N, 1, h, w)``."""
+    def __call__(self, maps: Tensor, inputs: Inputs, dims: int) -> Tensor:
+        """``maps``: ``(..., N, 1, h, w)``; ``dims``: how many of them belong to one map, (1, h, w)."""
         if self.relu:
             maps = maps.relu()
         if self.upsample is not None:
             maps = upsampled(maps, as_tuple(inputs)[0].shape[2:])
-        return minmax(maps, as_tuple(inputs)[0].dim() - 1) if self.normalise == "minmax" else maps
+        return minmax(maps, dims) if self.normalise == "minmax" else maps
 
 
 def weighed_maps(method: type[ClassActivationMap], values: Tensor, gradients: Tensor | None) -> Tensor:
@@ -182,9 +185,10 @@ def weighed_maps(method: type[ClassActivationMap], values: Tensor, gradients: Te
             f"Class activation maps need a layer that gives maps (N, C, ...), but it gave {tuple(values.shape)}."
         )
     wide = torch.promote_types(values.dtype, torch.float32)
-    flat = values.to(wide).flatten(2)
-    above = flat if gradients is None else gradients.to(wide).flatten(-(values.dim() - 2))
-    maps = method.weigh(flat, above).to(values.dtype)
+    with torch.autocast(values.device.type, enabled=False):
+        flat = values.to(wide).flatten(2)
+        above = flat if gradients is None else gradients.to(wide).flatten(-(values.dim() - 2))
+        maps = method.weigh(flat, above).to(values.dtype)
     return maps.unflatten(-1, values.shape[2:]).unsqueeze(-(values.dim() - 1))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -144,7 +144,8 @@ class GradientAttribution:
 
     def _in_best_layout(self, xs: tuple[Tensor, ...], run: Callable[[tuple[Tensor, ...], bool], Any]) -> Any:
         """``run(xs, ours)`` in channels_last (``ours``) where that gains; else, or if that fails, as given."""
-        fast = None if self._layout_matters else turned(xs)
+        # In training mode a second run would not be the same.
+        fast = None if self._layout_matters or in_training(self.forward_func) else turned(xs)
         if fast is not None:
             # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
             # error comes again.
@@ -231,6 +232,7 @@ class TargetAttribution(GradientAttribution):
         Returns:
             ``(K, N, ...)`` for each input.
         """
+        check_at_once("targets_per_pass", targets_per_pass)
         scores = target_scores(targets)
         return self._attribute(
             inputs, additional_forward_args, lambda out, xs: many_gradients(out, xs, scores, targets_per_pass)
@@ -297,6 +299,7 @@ class NeuronAttribution(GradientAttribution):
         Returns:
             ``(K, N, ...)`` for each input.
         """
+        check_at_once("targets_per_pass", targets_per_pass)
         scores = [
             lambda output, s=selector: select_neuron(output, s) for selector in target_list(neuron_selectors)
         ]
@@ -325,7 +328,7 @@ class NeuronAttribution(GradientAttribution):
         Tried with a single example, once for each shape of the inputs. Not with a model in training mode, which this
         would change, nor with additional arguments, on which the number of runs may depend.
         """
-        if args is not None or any(module.training for module in self.forward_func.modules()):
+        if args is not None or in_training(self.forward_func):
             return None
         key = tuple((x.shape, x.dtype) for x in xs)
         if key not in self._runs:
@@ -363,6 +366,24 @@ def check_at_once(name: str, at_once: Any) -> None:
         isinstance(at_once, bool) or not isinstance(at_once, numbers.Integral) or at_once < 1
     ):
         raise ValueError(f"{name} must be an int of at least 1, but it is {at_once!r}.")
+
+
+def in_training(function: Any) -> bool:
+    """Whether a function is a module of which a part is in training mode: a run may change it, or draw numbers."""
+    return isinstance(function, nn.Module) and any(module.training for module in function.modules())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while, each module in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_module(model: Any) -> None:

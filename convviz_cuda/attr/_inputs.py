@@ -73,7 +73,7 @@ def gains_turned(x: Tensor) -> bool:
         and x.is_floating_point()
         and x.dtype != torch.float64
         and x.is_contiguous()
-        and x.shape[1] > 1
+        and not x.is_contiguous(memory_format=torch.channels_last)  # it would be the same memory
     )
 
 

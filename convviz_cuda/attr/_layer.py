@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._gradient import GradientAttribution, find_layer
+from ..rules import backward_rule
+from ._gradient import GradientAttribution, evaluating, find_layer
 from ._inputs import Inputs, as_tuple, extra_args, restore
 from ._taps import tapped
 
@@ -70,10 +71,8 @@ class LayerAttribution(GradientAttribution):
 
     def _auto(self, xs: Values, args: Any) -> nn.Module:
         """The last layer with maps, seen in a forward: once for each shape of an example."""
-        key = tuple((x.shape[1:], x.dtype) for x in xs)
+        key = search_key(self.forward_func, xs, args)
         if key not in self._last_maps:
-            if args is None and all(x.dim() > 1 and len(x) == len(xs[0]) for x in xs):
-                xs = tuple(x[:1] for x in xs)
             self._last_maps[key] = last_maps(self.forward_func, xs, args)
         return self._last_maps[key]
 
@@ -99,11 +98,11 @@ class LayerAttribution(GradientAttribution):
             raise RuntimeError(
                 "Attributions need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
             )
-        given = tensors if from_inputs else tuple(x.detach() for x in tensors)
+        given = tuple(x.detach() for x in tensors)
         modules = self._modules(self.layers if layers is None else layers, given, args)
         if from_inputs:
-            with torch.enable_grad():
-                return self._read_once(given, args, modules, of_input, use, True)
+            with torch.enable_grad():  # clones, as a model may change its input in place
+                return self._read_once(tuple(x.clone() for x in tensors), args, modules, of_input, use, True)
 
         def run(xs: Values, ours: bool) -> Any:
             given = xs if ours else tuple(x.clone() for x in xs)  # a model may change its input in place
@@ -122,8 +121,15 @@ class LayerAttribution(GradientAttribution):
         return [self.layer]
 
     def _read_once(
-        self, given: Values, args: Any, modules: list[nn.Module], of_input: bool, use: Any, graph: bool
-    ):
+        self,
+        given: Values,
+        args: Any,
+        modules: list[nn.Module],
+        of_input: bool,
+        use: Callable[[Any, list[Values]], Any],
+        graph: bool,
+        session: backward_rule | None = None,
+    ) -> Any:
         seen: dict[int, Values] = {}
 
         def tap(place: int, value: Any) -> Any:
@@ -132,23 +138,49 @@ class LayerAttribution(GradientAttribution):
                 assert isinstance(each, Tensor), (
                     f"The layer {modules[place]} gave a {type(each)}, where attributions need tensors."
                 )
-            if graph:
-                values = tuple(
-                    v if v.requires_grad or not v.is_floating_point() else v.detach().requires_grad_()
-                    for v in values
-                )
-            seen[place] = values
-            # The layer above may change what it gets in place.
-            through = tuple(v.clone() for v in values)
-            return through if isinstance(value, tuple) else through[0]
+            # Clones, as the layer above may change what it gets in place.
+            if not graph:
+                seen[place] = tuple(v.detach().clone() for v in values)
+                return None
+            seen[place] = tuple(
+                v if v.requires_grad or not v.is_floating_point() else v.detach().requires_grad_()
+                for v in values
+            )
+            through = tuple(v.clone() for v in seen[place])
+            if not isinstance(value, tuple):
+                return through[0]
+            return type(value)(*through) if hasattr(value, "_fields") else through  # a named tuple
 
         with tapped(modules, tap, of_input):
-            output = self.forward_func(*given, *extra_args(args))
+            if session is None:
+                output = self.forward_func(*given, *extra_args(args))
+            else:
+                output = self._forward(session, given, args)
         for place, module in enumerate(modules):
             assert place in seen, (
                 f"The layer {module} did not run in this forward, so nothing can be attributed to it."
             )
         return use(output, [seen[place] for place in range(len(modules))])
+
+
+def inner_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module is not model]
+
+
+def search_key(model: Any, xs: Values, args: Any) -> Any:
+    """What a search for layers by :func:`look` depends on."""
+    return tuple((x.shape[1:], x.dtype) for x in xs), args is None, tuple(map(id, model.modules()))
+
+
+def look(model: nn.Module, xs: Values, args: Any) -> Any:
+    """The output of a forward that is made to look at the model: in evaluation mode, so that nothing changes.
+
+    Of one example, unless additional arguments may belong to all of them, or there is none.
+    """
+    if args is None and all(x.dim() > 1 and len(x) == len(xs[0]) for x in xs):
+        xs = tuple(x[:1] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in xs)
+    with torch.no_grad(), evaluating(model):
+        return model(*(x.clone() for x in xs), *extra_args(args))
 
 
 def last_maps(model: Callable[..., Any], xs: Values, args: Any) -> nn.Module:
@@ -157,15 +189,15 @@ def last_maps(model: Callable[..., Any], xs: Values, args: Any) -> nn.Module:
     Of modules that end together, the outermost. Raises ValueError for a model without such a layer.
     """
     assert isinstance(model, nn.Module)
-    modules = [module for module in model.modules() if module is not model]
+    modules = inner_modules(model)
     found: list[nn.Module] = []
 
     def tap(place: int, value: Any) -> None:
         if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1:
             found.append(modules[place])
 
-    with torch.no_grad(), tapped(modules, tap):
-        model(*(x.clone() for x in xs), *extra_args(args))
+    with tapped(modules, tap):
+        look(model, xs, args)
     if not found:
         raise ValueError(
             f"layer={AUTO!r} finds no layer of this model that gives maps (N, C, h, w): name one."

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ..rules import backward_rule
 from ._cam import weighed_maps
-from ._gradient import check_module, many_gradients, target_scores
+from ._gradient import check_at_once, check_module, many_gradients, target_scores
 from ._inputs import Inputs, Target, as_tuple, leaves, restore, select_target
 from ._layer import Layer, LayerAttribution, Values
 from .layer_grad_cam import LayerGradCam
+
+MODES = ("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear", "area")
 
 
 class GuidedGradCam(LayerAttribution):
@@ -26,6 +28,8 @@ class GuidedGradCam(LayerAttribution):
         layer: a module, its name, or "auto": the last layer that gives maps.
         device_ids: accepted for Captum's sake, without effect.
     """
+
+    rule = "guided"
 
     def __init__(self, model: nn.Module, layer: Layer, device_ids: list[int] | None = None) -> None:
         check_module(model)
@@ -51,11 +55,11 @@ class GuidedGradCam(LayerAttribution):
             attribute_to_layer_input: take the layer's input instead of its output.
 
         Returns:
-            Tensor or tuple shaped as ``inputs``, same dtype, device and memory format; an empty tensor and a warning
+            Tensor or tuple shaped as ``inputs``, same device and memory format; an empty tensor and a warning
             (UserWarning) for an input of a tuple that the map cannot be interpolated to.
 
         Raises AssertionError for a target that does not fit the output and for a layer that does not run, IndexError
-        for a target out of range, ValueError for a layer without maps.
+        for a target out of range, ValueError for a layer without maps or an unknown ``interpolate_mode``.
         """
 
         def signals(output: Any, wanted: Values) -> Values:
@@ -84,6 +88,7 @@ class GuidedGradCam(LayerAttribution):
         Returns:
             ``(K, N, ...)`` for each input.
         """
+        check_at_once("targets_per_pass", targets_per_pass)
         scores = target_scores(targets)
 
         def signals(output: Any, wanted: Values) -> Values:
@@ -94,13 +99,17 @@ class GuidedGradCam(LayerAttribution):
         )
 
     def _both(self, inputs: Inputs, args: Any, mode: str, of_input: bool, signals: Any) -> Inputs:
+        if mode not in MODES:
+            raise ValueError(
+                f"interpolate_mode must be one of {', '.join(map(repr, MODES))}, but it is {mode!r}."
+            )
         tensors = as_tuple(inputs)
         xs = leaves(tensors)
         modules = self._modules(self.layers, tuple(x.detach() for x in xs), args)
 
         def run(xs: Values, ours: bool) -> tuple[Tensor, Values]:
             with torch.enable_grad(), backward_rule("gradient") as session:
-                session.layout_turned, session.expects_rectifier = ours, False
+                session.layout_turned = ours
 
                 def use(output: Any, values: list[Values]) -> tuple[Tensor, Values]:
                     (each,) = values
@@ -112,7 +121,7 @@ class GuidedGradCam(LayerAttribution):
                     return maps, signals(output, xs)
 
                 given = xs if ours else tuple(x.clone() for x in xs)
-                return self._read_once(given, args, modules, of_input, use, True)
+                return self._read_once(given, args, modules, of_input, use, True, session)
 
         maps, guided = self._in_best_layout(xs, run)
         results = []

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cam import ClassActivationMap, Finish, _one
+from ._cam import ClassActivationMap, Finish, _one, weighed_maps
+from ._gradient import check_at_once, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
 from ._layer import Values
 
@@ -65,22 +66,15 @@ class LayerGradCam(ClassActivationMap):
         Raises AssertionError for a target that does not fit the output and for a layer that does not run, IndexError
         for a target out of range, ValueError for an unknown ``upsample`` or ``normalise``.
         """
-        finish = Finish(relu_attributions, upsample, normalise)
+        finish = Finish(relu_attributions, False, upsample, normalise)
 
         def use(output: Any, values: list[Values]) -> Values:
             (each,) = values
             options = {"create_graph": create_graph, **(grad_kwargs or {})}
             gradients = torch.autograd.grad(select_target(output, target).sum(), each, **options)
-            if attr_dim_summation and all(v.dim() > 2 for v in each):
-                return self._maps(each, gradients, finish, inputs, create_graph)
             if not create_graph:
                 each = tuple(v.detach() for v in each)
-            results = []
-            for value, gradient in zip(each, gradients, strict=True):
-                positions = tuple(range(2, gradient.dim()))
-                scaled = (gradient.mean(positions, keepdim=True) if positions else gradient) * value
-                results.append(finish(scaled.sum(1, keepdim=True) if attr_dim_summation else scaled, inputs))
-            return tuple(results)
+            return _finished(each, gradients, attr_dim_summation, finish, inputs)
 
         return _one(
             self._read(
@@ -95,21 +89,44 @@ class LayerGradCam(ClassActivationMap):
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
         relu_attributions: bool = False,
-        **options: Any,
+        attr_dim_summation: bool = True,
+        *,
+        upsample: str | None = None,
+        normalise: str | None = None,
+        targets_per_pass: int | None = None,
     ) -> Tensor | Values:
         """:meth:`attribute` for K targets: one forward, batched backward passes down to the layer.
 
         Args:
             targets: K targets, each as in :meth:`attribute`; or an integer tensor ``(K,)`` or ``(K, N)``.
-            options: ``upsample`` and ``normalise`` as in :meth:`attribute`; ``targets_per_pass``: targets in one
-                backward pass, None chooses by the batch size.
+            targets_per_pass: targets in one backward pass; None chooses by the batch size.
 
         Returns:
-            ``(K, N, 1, h, w)``.
+            ``(K, ...)`` of what :meth:`attribute` returns.
         """
-        return super().attribute_many(
-            inputs, targets, additional_forward_args, attribute_to_layer_input, relu_attributions, **options
-        )
+        check_at_once("targets_per_pass", targets_per_pass)
+        scores = target_scores(targets)
+        finish = Finish(relu_attributions, False, upsample, normalise)
+
+        def use(output: Any, values: list[Values]) -> Values:
+            (each,) = values
+            gradients = many_gradients(output, each, scores, targets_per_pass)
+            return _finished(tuple(v.detach() for v in each), gradients, attr_dim_summation, finish, inputs)
+
+        return _one(self._read(inputs, additional_forward_args, attribute_to_layer_input, use))
+
+
+def _finished(values: Values, gradients: Values, summed: bool, finish: Finish, inputs: Inputs) -> Values:
+    results = []
+    for value, gradient in zip(values, gradients, strict=True):
+        if summed and value.dim() > 2:
+            maps = weighed_maps(LayerGradCam, value, gradient)
+        else:
+            positions = tuple(range(2 - value.dim(), 0))
+            maps = (gradient.mean(positions, keepdim=True) if positions else gradient) * value
+            maps = maps.sum(1 - value.dim(), keepdim=True) if summed else maps
+        results.append(finish(maps, inputs, value.dim() - 1))
+    return tuple(results)
 
 
 class CounterfactualGradCam(ClassActivationMap):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._gradient import many_gradients, target_scores
+from ._gradient import check_at_once, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
 from ._layer import Layer, Values, like_layer
 from .layer_activation import LayerActivation
@@ -86,6 +86,7 @@ class LayerGradientXActivation(LayerActivation):
         Returns:
             ``(K, ...)`` of what :meth:`attribute` returns.
         """
+        check_at_once("targets_per_pass", targets_per_pass)
         scores = target_scores(targets)
 
         def use(output: Any, values: list[Values]) -> list[Inputs]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._cam import ClassActivationMap, Finish
 from ._gradient import check_module
-from ._inputs import Inputs, Target, select_target
+from ._inputs import Inputs, Target, as_tuple, select_target
 from ._layer import Layer, LayerAttribution, Values
 from .cam import Cam
 from .eigen_cam import EigenCam
@@ -38,7 +38,7 @@ def multi_cam(
     layers: Sequence[Layer],
     methods: Sequence[str],
     inputs: Inputs,
-    target: Target = None,
+    targets: Target = None,
     additional_forward_args: Any = None,
     *,
     relu_attributions: bool | None = None,
@@ -51,7 +51,8 @@ def multi_cam(
         model: an ``nn.Module``; AssertionError otherwise.
         layers: modules, their names or "auto".
         methods: of "cam", "gradcam", "gradcam++", "layercam", "xgradcam", "hirescam", "eigencam" and "counterfactual".
-        inputs, target, additional_forward_args, upsample, normalise: as in :meth:`LayerGradCam.attribute`.
+        targets: which score of each example: what is ``target`` in :meth:`LayerGradCam.attribute`.
+        inputs, additional_forward_args, upsample, normalise: as there.
         relu_attributions: whether to set negative values to 0; None: as each method's paper does, Grad-CAM included.
 
     Returns:
@@ -66,17 +67,22 @@ def multi_cam(
     if isinstance(methods, str) or not isinstance(methods, Sequence) or not methods:
         raise ValueError(f"methods must be a list of at least one method's name, but it is {methods!r}.")
     for name in methods:
-        if name not in CAMS:
+        if name == "scorecam":
+            raise ValueError(
+                "Score-CAM takes a forward for each channel of a layer: call convviz_cuda.attr.ScoreCam."
+            )
+        if not isinstance(name, str) or name not in CAMS:
             near = difflib.get_close_matches(str(name), CAMS, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(map(repr, CAMS))}."
             raise ValueError(f"methods must name class activation maps, but {name!r} is none. {hint}")
+    finish = {name: Finish(relu_attributions, CAMS[name].rectifies, upsample, normalise) for name in methods}
     reader = LayerAttribution(model, layers[0])
-    chosen = [[(name, CAMS[name](model, layer)) for name in methods] for layer in layers]
-    finish = {
-        name: Finish(_rectifies(CAMS[name], relu_attributions), upsample, normalise) for name in methods
-    }
+    known = [reader._known(layer) for layer in layers]
+    # "auto" is one layer for all methods: also for CAM, which looks for its classifier with a forward of its own.
+    modules = reader._modules(known, tuple(x.detach() for x in as_tuple(inputs)), additional_forward_args)
+    chosen = [[(name, CAMS[name](model, module)) for name in methods] for module in modules]
     differentiate = any(CAMS[name].uses_gradients for name in methods)
-    for here in chosen:  # CAM looks for its classifier with a forward of its own
+    for here in chosen:
         for _, method in here:
             if isinstance(method, Cam):
                 method.find(inputs, additional_forward_args)
@@ -88,13 +94,13 @@ def multi_cam(
         tensors = tuple(each[0] for each in values)
         shared: Values = ()
         if differentiate:
-            shared = torch.autograd.grad(select_target(output, target).sum(), tensors)
+            shared = torch.autograd.grad(select_target(output, targets).sum(), tensors)
 
         def signals(scores: Any, wanted: Values) -> Values:
             for value, gradient in zip(tensors, shared, strict=False):
                 if wanted[0] is value:
                     return (gradient,)
-            return torch.autograd.grad(select_target(scores, target).sum(), wanted)
+            return torch.autograd.grad(select_target(scores, targets).sum(), wanted)
 
         results: list[dict[str, Tensor]] = []
         for each, here in zip(values, chosen, strict=True):
@@ -107,14 +113,5 @@ def multi_cam(
         return results
 
     return reader._read(
-        inputs,
-        additional_forward_args,
-        False,
-        use,
-        layers=[reader._known(layer) for layer in layers],
-        differentiate=differentiate,
+        inputs, additional_forward_args, False, use, layers=modules, differentiate=differentiate
     )
-
-
-def _rectifies(method: type[ClassActivationMap], wanted: bool | None) -> bool:
-    return method.rectifies if wanted is None else wanted

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._gradient import GradientAttribution, gradients, many_gradients, target_scores
+from ._gradient import GradientAttribution, check_at_once, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
 
 
@@ -60,6 +60,7 @@ class Saliency(GradientAttribution):
         Returns:
             ``(K, N, ...)`` for each input.
         """
+        check_at_once("targets_per_pass", targets_per_pass)
         scores = target_scores(targets)
         return self._attribute(
             inputs,

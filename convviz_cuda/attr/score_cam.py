@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_float
 from ._cam import Finish
 from ._gradient import check_at_once
 from ._inputs import Target, as_tuple, extra_args, select_target, target_list
@@ -57,7 +58,7 @@ class ScoreCam(LayerAttribution):
         *,
         upsample: str | None = None,
         normalise: str | None = None,
-        masks_per_pass: int | None = None,
+        batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Tensor:
         """The map of each example's target score.
@@ -71,7 +72,7 @@ class ScoreCam(LayerAttribution):
             attribute_to_layer_input: take the layer's input instead of its output.
             relu_attributions: whether to set negative values to 0; None: yes, as in the paper.
             upsample, normalise: as in :meth:`LayerGradCam.attribute`.
-            masks_per_pass: masked images in one forward; None chooses for the device.
+            batch_size: masked images in one forward; None chooses for the device.
             show_progress: count the masked images on stderr, with the time left.
 
         Returns:
@@ -82,7 +83,7 @@ class ScoreCam(LayerAttribution):
         """
         result = self._all(
             inputs, [target], additional_forward_args, attribute_to_layer_input, relu_attributions, upsample, normalise,
-            masks_per_pass, show_progress,
+            batch_size, show_progress,
         )  # fmt: skip
         return result[0]
 
@@ -96,13 +97,13 @@ class ScoreCam(LayerAttribution):
         *,
         upsample: str | None = None,
         normalise: str | None = None,
-        masks_per_pass: int | None = None,
+        batch_size: int | None = None,
         show_progress: bool = False,
     ) -> Tensor:
         """:meth:`attribute` for K targets, ``(K, N, 1, h, w)``, out of the same masked forwards."""
         return self._all(
             inputs, target_list(targets), additional_forward_args, attribute_to_layer_input, relu_attributions,
-            upsample, normalise, masks_per_pass, show_progress,
+            upsample, normalise, batch_size, show_progress,
         )  # fmt: skip
 
     def _all(
@@ -117,11 +118,13 @@ class ScoreCam(LayerAttribution):
         at_once: int | None,
         show: bool,
     ) -> Tensor:
-        finish = Finish(self.rectifies if relu is None else relu, upsample, normalise)
-        check_at_once("masks_per_pass", at_once)
+        finish = Finish(relu, self.rectifies, upsample, normalise)
+        check_at_once("batch_size", at_once)
         (images,) = as_tuple(inputs) if len(as_tuple(inputs)) == 1 else (None,)
         if images is None or images.dim() != 4:
             raise ValueError("Score-CAM masks one tensor of images (N, C, H, W).")
+        check_float("inputs", images)
+        each = [of_each_image(target, len(images)) for target in targets]  # refused before a forward
 
         def use(output: Any, values: list[Values]) -> tuple[Any, Tensor]:
             (each,) = values
@@ -136,11 +139,13 @@ class ScoreCam(LayerAttribution):
 
         output, maps = self._read(inputs, args, of_input, use, differentiate=False)
         with torch.no_grad():
-            each = [of_each_image(target, len(images)) for target in targets]
             picks = [lambda output, numbers, t=t: select_target(output, t(numbers)) for t in each]
             weights = self.weights(images.detach(), maps, picks, extra_args(args), at_once, show)
-            found = torch.einsum("knc,nchw->knhw", weights, maps.to(weights.dtype))[:, :, None].to(maps.dtype)
-            return finish(found, inputs)
+            with torch.autocast(maps.device.type, enabled=False):
+                found = torch.einsum("knc,nchw->knhw", weights, maps.to(weights.dtype))[:, :, None].to(
+                    maps.dtype
+                )
+            return finish(found, inputs, 3)
 
     def weights(
         self, images: Tensor, maps: Tensor, picks: Sequence[Callable[[Any, Sequence[int]], Tensor]],
