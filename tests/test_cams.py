@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from convviz_cuda import attr
 from convviz_cuda.attr.eigen_cam import first_eigenvector
 
+GRADIENT_CAMS = ("LayerGradCam", "GradCamPlusPlus", "LayerCam", "XGradCam", "HiResCam")
+
 
 def at_layer(model: nn.Module, x: Tensor, target: int) -> tuple[Tensor, Tensor]:
     """The features of ``Plain`` and the gradient of a class score there, by autograd alone."""
@@ -141,7 +143,9 @@ def test_cam_of_a_convolutional_head() -> None:
 
 def test_cam_refuses_other_networks() -> None:
     x = images()
-    with pytest.raises(ValueError, match="CAM needs a linear layer that reads the mean of a layer's maps"):
+    with pytest.raises(
+        ValueError, match="CAM needs a linear layer that gives the scores and reads the mean of a layer's"
+    ):
         attr.Cam(built(Uneven)).attribute(x, 0)
     with pytest.raises(ValueError, match="CAM needs a linear layer"):
         attr.Cam(built(Plain), "features.0").attribute(x, 0)
@@ -152,8 +156,59 @@ def test_cam_refuses_other_networks() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[:, :2]
 
-    with pytest.raises(ValueError, match="classifier gives 5 scores, but the model's output is"):
+    with pytest.raises(ValueError, match="this model has none"):
         attr.Cam(built(Headed)).attribute(x, 0)
+    inner = nn.Sequential(  # a 1x1 convolution, and a linear layer, that give no scores
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 1), nn.Flatten(), nn.Linear(1000, 10)
+    ).double()
+    deep = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+        nn.ReLU(),
+        nn.Linear(10, 10),
+    ).double()
+    for model in (inner, deep):
+        with pytest.raises(ValueError, match="this model has none"):
+            attr.Cam(model).attribute(x, 0)
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+def test_cam_of_networks_as_they_are_built(rectified: bool) -> None:
+    """Pooling by a module, whose own output has one position; a functional ReLU between the maps and the mean."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.features(x)
+            maps = F.relu(maps) if rectified else maps
+            return self.fc(self.pool(maps).flatten(1)).softmax(1)
+
+    model, x = built(Net), images()
+    maps = model.features(x).relu() if rectified else model.features(x)
+    expected = torch.einsum("c,nchw->nhw", model.fc.weight[2], maps)[:, None].detach()
+    result = attr.Cam(model).attribute(x, 2)
+    assert result.shape == (3, 1, 10, 10)
+    close(result, expected)
+    (of_many,) = attr.multi_cam(model, ["features"], ["cam"], x, 2)
+    close(of_many["cam"], expected)
+    # What the search sees is the model as it is now.
+    method = attr.Cam(model)
+    method.attribute(x, 2)
+    model.fc = nn.Linear(6, 4).double()
+    close(method.attribute(x, 2), torch.einsum("c,nchw->nhw", model.fc.weight[2], maps)[:, None].detach())
+    assert attr.Cam(model).attribute(x[:0], 2).shape == (0, 1, 10, 10)
+    bad = x.clone()
+    bad[0, 0, 0, 0] = float("nan")
+    assert attr.Cam(model).attribute(bad, 2)[0].isnan().any()
+    with torch.inference_mode():
+        close(attr.Cam(model).attribute(x, 2), method.attribute(x, 2))
 
 
 # --------------------------------------------------------------------------------------------------- Eigen-CAM
@@ -240,7 +295,7 @@ def test_volumes_and_signals() -> None:
 # ------------------------------------------------------------------------------------------------ double backward
 
 
-@pytest.mark.parametrize("name", ["LayerGradCam", "GradCamPlusPlus", "LayerCam", "XGradCam", "HiResCam"])
+@pytest.mark.parametrize("name", GRADIENT_CAMS)
 def test_maps_can_be_differentiated_by_the_parameters(name: str) -> None:
     model, x = built(Uneven), images(2)
     method = getattr(attr, name)(model, "features")
@@ -324,6 +379,8 @@ def test_multi_cam_is_each_method_at_each_layer() -> None:
             close(
                 maps[name], names[name](model, layer).attribute(x, target, relu_attributions=relu, **options)
             )
+    with pytest.raises(ValueError, match="Score-CAM takes a forward for each channel"):
+        attr.multi_cam(model, ["features"], ["scorecam"], x, target)
     (maps,) = attr.multi_cam(model, ["features"], ["cam", "eigencam"], x, target, relu_attributions=True)
     close(maps["cam"], attr.Cam(model).attribute(x, target, relu_attributions=True))
     close(maps["eigencam"], attr.EigenCam(model, "features").attribute(x).relu())
@@ -335,6 +392,8 @@ def test_multi_cam_refuses() -> None:
         attr.multi_cam(model, ["features"], ["gradcams"], x, 0)
     with pytest.raises(ValueError, match="'lime' is none. There are"):
         attr.multi_cam(model, ["features"], ["lime"], x, 0)
+    with pytest.raises(ValueError, match="but \\['cam'\\] is none"):
+        attr.multi_cam(model, ["features"], [["cam"]], x, 0)
     for layers in ([], "features", model.features):
         with pytest.raises(ValueError, match="layers must be a list"):
             attr.multi_cam(model, layers, ["gradcam"], x, 0)
@@ -357,3 +416,38 @@ def test_multi_cam_of_a_layer_below_another_and_used_twice() -> None:
     for layer, maps in zip(["stem", "conv", "norm"], result, strict=True):
         close(maps["hirescam"], attr.HiResCam(model, layer).attribute(x, 2))
         close(maps["gradcam"], attr.LayerGradCam(model, layer).attribute(x, 2, relu_attributions=True))
+
+
+def test_maps_are_normalised_each_by_itself_whatever_the_first_input_is() -> None:
+    model, x, about = built(Reused), images(), torch.randn(3, 3, dtype=torch.float64)
+
+    def swapped(about: Tensor, x: Tensor) -> Tensor:
+        return model(x, about)
+
+    expected = attr.LayerGradCam(model, "norm").attribute((x, about), 2, normalise="minmax")
+    close(attr.LayerGradCam(swapped, model.norm).attribute((about, x), 2, normalise="minmax"), expected)
+    assert torch.equal(expected.amax((1, 2, 3)), torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="cannot be upsampled to the inputs' size"):
+        attr.LayerGradCam(swapped, model.norm).attribute((about, x), 2, upsample="bilinear")
+
+
+@pytest.mark.parametrize(
+    "name", ["LayerGradCam", "GradCamPlusPlus", "LayerCam", "XGradCam", "HiResCam", "Cam", "ScoreCam"]
+)
+def test_sums_under_autocast_are_in_float32(name: str) -> None:
+    model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
+    model.features.register_forward_hook(lambda _, __, out: out)
+
+    class Wide(nn.Module):  # the network itself is float32 also under autocast
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.fc = model.features, model.fc
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return self.fc(self.features(x).mean((2, 3)))
+
+    method = getattr(attr, name)(Wide(), "features")
+    expected = method.attribute(x, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(method.attribute(x, 2), expected, 1e-5)

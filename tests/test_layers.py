@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 
 import captum.attr
@@ -365,3 +366,99 @@ def test_models_that_change_their_input_in_place() -> None:
     close(attr.LayerActivation(model, "conv").attribute(x), model.conv(2 * x).detach())
     assert attr.GuidedGradCam(model, "conv").attribute(x, 1).shape == x.shape
     assert torch.equal(x, copy)
+
+
+@pytest.mark.parametrize("size", [1, 12])
+def test_nothing_changes_the_callers_images(size: int) -> None:
+    """Of one pixel, both layouts are the same memory."""
+
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2)
+            return self.conv(x).mean((2, 3))
+
+    model, x = built(Greedy, dtype=torch.float32), images(2, size, dtype=torch.float32)
+    copy = x.clone()
+    for method in (*LAYER_METHODS, attr.EigenCam, attr.ScoreCam, attr.GuidedGradCam):
+        method(model, "conv").attribute(x, 1)
+    for method in CAMS:
+        method(model, "conv").attribute(x, 1, create_graph=True)
+    attr.LayerActivation(model, "conv").attribute(x)
+    given = attr.LayerActivation(model, "conv").attribute(x, None, True)
+    given.zero_()
+    assert torch.equal(x, copy)
+
+
+def test_what_a_layer_gives_is_handed_out_as_a_copy() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = nn.Parameter(torch.ones(2, 3))
+
+        def forward(self) -> Tensor:
+            return self.values
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = Table()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.table().T
+
+    model = Model()
+    found = attr.LayerActivation(model, "table").attribute(torch.ones(4, 3))
+    assert not found.requires_grad
+    found.zero_()
+    assert torch.equal(model.table.values.detach(), torch.ones(2, 3))
+
+
+def test_named_tuples_stay_named() -> None:
+    Pair = collections.namedtuple("Pair", "maps about")
+
+    class Give(nn.Module):
+        def forward(self, x: Tensor) -> Pair:
+            return Pair(x * 2, x.sum((2, 3)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.give = Give()
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = self.give(x)
+            return given.maps.mean((2, 3)) + given.about
+
+    maps, about = attr.LayerGradientXActivation(Model(), "give").attribute(images(), 0)
+    close(about[:, 0], images().sum((2, 3))[:, 0])
+
+
+@pytest.mark.parametrize("name", ["auto", "1"])
+def test_a_model_in_training_mode_runs_once(name: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    x = images(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="training mode"):
+        attr.LayerGradCam(model, name).attribute(x, 0)
+    assert int(model[1].num_batches_tracked) == 1 and model.training and model[1].training
+
+
+def test_guided_grad_cam_says_what_guided_backprop_says() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    with pytest.warns(UserWarning, match="No ReLU was seen"):
+        attr.GuidedGradCam(model, "0").attribute(images(), 0)
+    with pytest.raises(ValueError, match="interpolate_mode must be one of 'nearest'"):
+        attr.GuidedGradCam(model, "0").attribute(images(), 0, None, "cubic")
+
+
+def test_layers_without_positions_for_many_targets() -> None:
+    model, x = built(Plain), images()
+    method = attr.LayerGradCam(model, "fc")
+    close(method.attribute_many(x, [1, 2])[1], method.attribute(x, 2))
+    apart = attr.LayerGradCam(model, "features").attribute_many(x, [1, 2], attr_dim_summation=False)
+    close(apart[1], attr.LayerGradCam(model, "features").attribute(x, 2, attr_dim_summation=False))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._gradient import check_at_once, many_gradients, target_scores
+from ._gradient import check_at_once, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, as_tuple, select_target
 from ._layer import LayerAttribution, Values
 
@@ -70,7 +70,7 @@ class ClassActivationMap(LayerAttribution):
         finish = Finish(relu_attributions, self.rectifies, upsample, normalise)
 
         def signals(scores: Any, wanted: Values) -> Values:
-            return torch.autograd.grad(select_target(scores, target).sum(), wanted, create_graph=create_graph)
+            return gradients(select_target(scores, target), wanted, create_graph=create_graph)
 
         def use(output: Any, values: list[Values]) -> Values:
             (each,) = values

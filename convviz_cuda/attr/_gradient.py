@@ -39,9 +39,17 @@ class _Stop(BaseException):
     """Ends a forward at a layer. Not an Exception, so that a model's own handlers let it pass."""
 
 
-def gradients(scores: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def backward_pass(
+    output: Tensor, inputs: Any, seed: Tensor | None = None, **options: Any
+) -> tuple[Tensor, ...]:
+    """``torch.autograd.grad`` out of autocast, as PyTorch wants it: operations have the dtypes of their forward."""
+    with torch.autocast(output.device.type, enabled=False):
+        return torch.autograd.grad(output, inputs, seed, **options)
+
+
+def gradients(scores: Tensor, inputs: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, ...]:
     """Gradients of the summed scores; an input that nothing reads raises PyTorch's RuntimeError."""
-    return torch.autograd.grad(scores.sum(), inputs)
+    return backward_pass(scores.sum(), inputs, **options)
 
 
 def many_gradients(
@@ -53,7 +61,7 @@ def many_gradients(
         results = tuple(torch.empty((len(scores), *x.shape), dtype=x.dtype, device=x.device) for x in inputs)
         # Of several tensors, no seed stands for all: one pass for each score.
         for k, score in enumerate(scores):
-            found = torch.autograd.grad(score(output).sum(), inputs, retain_graph=True)
+            found = gradients(score(output), inputs, retain_graph=True)
             for result, gradient in zip(results, found, strict=True):
                 result[k] = gradient
         return results
@@ -85,7 +93,7 @@ def seeded_gradients(
     at_once = at_once or max(1, EXAMPLES_PER_PASS // max(1, output.shape[0] if output.dim() else 1))
 
     def backward(seed: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, inputs, seed, retain_graph=True)
+        return backward_pass(output, inputs, seed, retain_graph=True)
 
     for start in range(0, count, at_once):
         chunk = seeds(start, min(start + at_once, count))

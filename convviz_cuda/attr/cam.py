@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._cam import ClassActivationMap
 from ._gradient import check_module
-from ._inputs import Inputs, as_tuple, extra_args
-from ._layer import AUTO, Layer, Values
+from ._inputs import Inputs, as_tuple
+from ._layer import AUTO, Layer, Values, inner_modules, look, search_key
 from ._taps import tapped
 from .layer_grad_cam import LayerGradCam
 
@@ -40,15 +40,15 @@ class Cam(ClassActivationMap):
         check_module(model)
         super().__init__(model, layer, device_ids)
         self.model = model
-        self._found: dict[Any, tuple[nn.Module, nn.Module]] = {}
-        self._classifier: nn.Module | None = None
+        self._found: dict[Any, Classifier] = {}
+        self._classifier: Classifier | None = None
 
     def _modules(self, layers: Sequence[Layer], xs: Values, args: Any) -> list[nn.Module]:
-        key = tuple((x.shape[1:], x.dtype) for x in xs)
+        key = search_key(self.model, xs, args)
         if key not in self._found:
             self._found[key] = self._search(xs, args)
-        layer, self._classifier = self._found[key]
-        return [layer]
+        self._classifier = self._found[key]
+        return [self._classifier.layer]
 
     def find(self, inputs: Inputs, additional_forward_args: Any = None) -> tuple[nn.Module, nn.Module]:
         """The layer whose maps the classifier reads, and the classifier, as a forward of one example shows them.
@@ -56,68 +56,105 @@ class Cam(ClassActivationMap):
         Raises ValueError for a model that has none.
         """
         xs = tuple(x.detach() for x in as_tuple(inputs))
-        (layer,) = self._modules(self.layers, xs, additional_forward_args)
+        self._modules(self.layers, xs, additional_forward_args)
         assert self._classifier is not None
-        return layer, self._classifier
+        return self._classifier.layer, self._classifier.head
 
     def _gradients(
         self, output: Any, values: Values, signals: Callable[[Any, Values], Values]
     ) -> list[Tensor]:
         assert self._classifier is not None
-        weight = self._classifier.weight.flatten(1)
-        if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] != len(weight):
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output)
-            raise ValueError(
-                f"CAM's classifier gives {len(weight)} scores, but the model's output is {shape}."
-            )
-        with torch.enable_grad():
-            probe = output.detach().requires_grad_()
+        weight = self._classifier.head.weight.flatten(1)
+        with torch.inference_mode(False), torch.enable_grad():
+            probe = torch.empty_like(output, requires_grad=True)
             (chosen,) = signals(probe, (probe,))
         # What a class's score is made of: its row of the weights.
-        weights = chosen.detach() @ (weight if torch.is_grad_enabled() else weight.detach()).to(chosen.dtype)
+        weight = weight if torch.is_grad_enabled() else weight.detach()
+        with torch.autocast(weight.device.type, enabled=False):
+            weights = chosen.detach().to(weight.dtype) @ weight
         return [weights[(..., *[None] * (values[0].dim() - 2))]]
 
-    def _search(self, xs: Values, args: Any) -> tuple[nn.Module, nn.Module]:
+    def _maps(self, values: Values, *rest: Any, **options: Any) -> Values:
+        assert self._classifier is not None
+        return super()._maps(
+            tuple(v.relu() for v in values) if self._classifier.rectified else values, *rest, **options
+        )
+
+    def _search(self, xs: Values, args: Any) -> Classifier:
         """The layer and the classifier that reads its mean, or its maps: the last ones that fit in a forward."""
-        modules = [m for m in self.model.modules() if m is not self.model]
+        modules = inner_modules(self.model)
         heads = [m for m in modules if _is_linear(m)]
         maps: list[tuple[nn.Module, Tensor]] = []
         read: list[tuple[nn.Module, Tensor]] = []
+        gave: list[tuple[nn.Module, Tensor]] = []
         wanted = None if isinstance(self.layer, str) else self.layer
-        found: list[tuple[nn.Module, nn.Module]] = []
 
-        def gave(place: int, value: Any) -> None:
+        def keep(place: int, value: Any) -> None:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return
+            if modules[place] in heads:
+                gave.append((modules[place], value.detach().clone()))
             if wanted is not None and modules[place] is not wanted:
                 return
-            if isinstance(value, Tensor) and value.dim() > 2 and value.is_floating_point():
+            if value.dim() > 2 and value.shape[2:].numel() > 1:
                 maps.append((modules[place], value.detach().clone()))
 
         def reads(place: int, value: Any) -> None:
             if isinstance(value, Tensor):
                 read.append((heads[place], value.detach().clone()))
 
-        if args is None and all(x.dim() > 1 and len(x) == len(xs[0]) for x in xs):
-            xs = tuple(x[:1] for x in xs)
-        with torch.no_grad(), tapped(modules, gave), tapped(heads, reads, of_input=True):
-            self.model(*(x.clone() for x in xs), *extra_args(args))
-        for head, given in reversed(read):
+        with tapped(modules, keep), tapped(heads, reads, of_input=True):
+            output = look(self.model, _numbers(xs), args)
+        for (head, given), (_, result) in zip(reversed(read), reversed(gave), strict=False):
+            if not _is_output(result, output):
+                continue
             for layer, value in reversed(maps):
-                if _same(given, value if isinstance(head, nn.Conv2d) else value.flatten(2).mean(2)):
-                    found.append((layer, head))
-                    break
-            if found:
-                return found[0]
+                for rectified in (False, True):
+                    value = value.relu() if rectified else value
+                    if _same(given, value if isinstance(head, nn.Conv2d) else value.flatten(2).mean(2)):
+                        return Classifier(layer, head, rectified)
         where = "a layer" if wanted is None else f"the layer {wanted}"
         raise ValueError(
-            f"CAM needs a linear layer that reads the mean of {where}'s maps, or a 1x1 convolution below global "
-            "average pooling: this model has none. Grad-CAM and HiResCAM take any model."
+            f"CAM needs a linear layer that gives the scores and reads the mean of {where}'s maps, or a 1x1 "
+            "convolution below global average pooling: this model has none. Grad-CAM and HiResCAM take any model."
         )
+
+
+class Classifier(NamedTuple):
+    """What CAM reads: the layer with the maps, the linear layer, and whether a ReLU lies between them."""
+
+    layer: nn.Module
+    head: nn.Module
+    rectified: bool
+
+
+def _numbers(xs: Values) -> Values:
+    """The first example, or noise where it has values that agree with anything, or with nothing."""
+    if all(len(x) and bool(torch.isfinite(x[0]).all()) for x in xs if x.is_floating_point() and x.dim()):
+        return xs
+    noise = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn((1, *x.shape[1:]), generator=noise).to(x) if x.is_floating_point() and x.dim() else x
+        for x in xs
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1 and module.stride == (1, 1)
     return isinstance(module, nn.Linear)
+
+
+def _is_output(result: Tensor, output: Any) -> bool:
+    """Whether a layer's result, or its mean over positions, is the model's output, perhaps by softmax."""
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        return False
+    if result.dim() == 2:
+        known = [result, result.softmax(1), result.log_softmax(1)]
+    else:
+        known = [result.flatten(2).mean(2), result.relu().flatten(2).mean(2)]
+        known += [each.softmax(1) for each in known]
+    return any(_same(output, each) for each in known)
 
 
 def _same(given: Tensor, mean: Tensor) -> bool:

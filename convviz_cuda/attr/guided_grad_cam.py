@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..rules import backward_rule
 from ._cam import weighed_maps
-from ._gradient import check_at_once, check_module, many_gradients, target_scores
+from ._gradient import check_at_once, check_module, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, as_tuple, leaves, restore, select_target
 from ._layer import Layer, LayerAttribution, Values
 from .layer_grad_cam import LayerGradCam
@@ -63,7 +63,7 @@ class GuidedGradCam(LayerAttribution):
         """
 
         def signals(output: Any, wanted: Values) -> Values:
-            return torch.autograd.grad(select_target(output, target).sum(), wanted, retain_graph=True)
+            return gradients(select_target(output, target), wanted, retain_graph=True)
 
         return self._both(
             inputs, additional_forward_args, interpolate_mode, attribute_to_layer_input, signals
@@ -116,7 +116,7 @@ class GuidedGradCam(LayerAttribution):
                     assert len(each) == 1, (
                         "GuidedGradCAM attributions for layer with multiple inputs / outputs is not supported."
                     )
-                    maps = weighed_maps(LayerGradCam, each[0].detach(), signals(output, each)[0]).relu()
+                    maps = weighed_maps(LayerGradCam, each[0].detach(), signals(output, each)[0])
                     session.rule = "guided"
                     return maps, signals(output, xs)
 
@@ -126,7 +126,8 @@ class GuidedGradCam(LayerAttribution):
         maps, guided = self._in_best_layout(xs, run)
         results = []
         for gradient, x in zip(guided, tensors, strict=True):
-            results.append(self._product(restore(gradient, x), maps, x, mode, len(tensors) == 1))
+            # Rectified here: in the context it would be taken for a ReLU of the model's.
+            results.append(self._product(restore(gradient, x), maps.relu(), x, mode, len(tensors) == 1))
         return tuple(results) if isinstance(inputs, tuple) else results[0]
 
     def _product(self, gradient: Tensor, maps: Tensor, x: Tensor, mode: str, alone: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._cam import ClassActivationMap, Finish, _one, weighed_maps
-from ._gradient import check_at_once, many_gradients, target_scores
+from ._gradient import check_at_once, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
 from ._layer import Values
 
@@ -71,10 +71,10 @@ class LayerGradCam(ClassActivationMap):
         def use(output: Any, values: list[Values]) -> Values:
             (each,) = values
             options = {"create_graph": create_graph, **(grad_kwargs or {})}
-            gradients = torch.autograd.grad(select_target(output, target).sum(), each, **options)
+            found = gradients(select_target(output, target), each, **options)
             if not create_graph:
                 each = tuple(v.detach() for v in each)
-            return _finished(each, gradients, attr_dim_summation, finish, inputs)
+            return _finished(each, found, attr_dim_summation, finish, inputs)
 
         return _one(
             self._read(
@@ -110,8 +110,8 @@ class LayerGradCam(ClassActivationMap):
 
         def use(output: Any, values: list[Values]) -> Values:
             (each,) = values
-            gradients = many_gradients(output, each, scores, targets_per_pass)
-            return _finished(tuple(v.detach() for v in each), gradients, attr_dim_summation, finish, inputs)
+            found = many_gradients(output, each, scores, targets_per_pass)
+            return _finished(tuple(v.detach() for v in each), found, attr_dim_summation, finish, inputs)
 
         return _one(self._read(inputs, additional_forward_args, attribute_to_layer_input, use))
 

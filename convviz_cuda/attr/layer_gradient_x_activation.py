@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ._gradient import check_at_once, many_gradients, target_scores
+from ._gradient import check_at_once, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
 from ._layer import Layer, Values, like_layer
 from .layer_activation import LayerActivation
@@ -63,8 +62,8 @@ class LayerGradientXActivation(LayerActivation):
 
         def use(output: Any, values: list[Values]) -> list[Inputs]:
             every = tuple(v for each in values for v in each)
-            gradients = torch.autograd.grad(select_target(output, target).sum(), every, **(grad_kwargs or {}))
-            return self._results(values, gradients, inputs)
+            found = gradients(select_target(output, target), every, **(grad_kwargs or {}))
+            return self._results(values, found, inputs)
 
         return self._one_or_list(self._read(inputs, additional_forward_args, attribute_to_layer_input, use))
 
@@ -91,8 +90,8 @@ class LayerGradientXActivation(LayerActivation):
 
         def use(output: Any, values: list[Values]) -> list[Inputs]:
             every = tuple(v for each in values for v in each)
-            gradients = many_gradients(output, every, scores, targets_per_pass)
-            return self._results(values, gradients, inputs)
+            found = many_gradients(output, every, scores, targets_per_pass)
+            return self._results(values, found, inputs)
 
         return self._one_or_list(self._read(inputs, additional_forward_args, attribute_to_layer_input, use))
 

@@ -6,11 +6,10 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._cam import ClassActivationMap, Finish
-from ._gradient import check_module
+from ._gradient import check_module, gradients
 from ._inputs import Inputs, Target, as_tuple, select_target
 from ._layer import Layer, LayerAttribution, Values
 from .cam import Cam
@@ -94,13 +93,13 @@ def multi_cam(
         tensors = tuple(each[0] for each in values)
         shared: Values = ()
         if differentiate:
-            shared = torch.autograd.grad(select_target(output, targets).sum(), tensors)
+            shared = gradients(select_target(output, targets), tensors)
 
         def signals(scores: Any, wanted: Values) -> Values:
             for value, gradient in zip(tensors, shared, strict=False):
                 if wanted[0] is value:
                     return (gradient,)
-            return torch.autograd.grad(select_target(scores, targets).sum(), wanted)
+            return gradients(select_target(scores, targets), wanted)
 
         results: list[dict[str, Tensor]] = []
         for each, here in zip(values, chosen, strict=True):
