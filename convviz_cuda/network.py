@@ -435,7 +435,7 @@ def _is_plain(value: Any) -> bool:
 
 def _capture(model: nn.Module, images: Tensor) -> Network:
     example = torch.zeros(2, *images.shape[1:], dtype=images.dtype, device=images.device)
-    twin = _twin(model)
+    twin = twin_of(model)
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
@@ -459,9 +459,9 @@ def _capture(model: nn.Module, images: Tensor) -> Network:
     return network
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """The model's modules again with the same tensors: an export changes modules while it runs, and other threads may
-    be using these."""
+def twin_of(model: nn.Module) -> nn.Module:
+    """The model's modules again with the same tensors: for what changes modules while it runs, as an export does, when
+    other threads may be using these. Of a model that cannot be copied, itself."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)

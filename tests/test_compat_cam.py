@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,38 @@ def test_traps(name: str) -> None:
     method(x, targets)
     assert state(model) == before and x.grad is None
     method(x, targets, eigen_smooth=True)
+    assert method(x[:0]).shape == method(x[:0], []).shape == (0, 12, 12)
+    for wrong in ([1, 2, 3], 1, cam.ClassifierOutputTarget(1)):
+        with pytest.raises(TypeError, match="targets must be a list of callables"):
+            method(x, wrong)
+
+
+def test_threads_over_a_model_in_training_mode() -> None:
+    """Each call has modes of its own: the maps are right, and no statistics change."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    x, targets = images(2, dtype=torch.float32), [cam.ClassifierOutputTarget(1)] * 2
+    expected = cam.GradCAM(model, [model[2]])(x, targets)
+    wrong: list[float] = []
+
+    def work() -> None:
+        for _ in range(30):
+            result = cam.GradCAM(model, [model[2]])(x, targets)
+            if not np.allclose(result, expected, atol=1e-6):
+                wrong.append(float(abs(result - expected).max()))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and int(model[1].num_batches_tracked) == 0 and model[1].training
 
 
 def test_what_is_no_layer_target_or_input() -> None:
@@ -168,6 +202,8 @@ def test_what_is_no_layer_target_or_input() -> None:
     )
     with pytest.raises(ValueError, match="category must be 0 or 1, but it is 2"):
         cam.BinaryClassifierOutputTarget(2)
+    with pytest.raises(TypeError, match="category must be the index of a class, but it is 1.5"):
+        cam.SemanticSegmentationTarget(1.5, np.ones((2, 2)))
     segmented = built(Segmentation)
     with pytest.raises(ValueError, match="Without targets the output must be class scores"):
         cam.GradCAM(segmented, [segmented.body])(x)

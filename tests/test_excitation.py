@@ -965,3 +965,17 @@ def test_an_exported_graph_is_seen():
     exported = torch.export.export(model, (x,)).module()
     found = attr.ExcitationBackprop(exported).attribute(x, 1)
     torch.testing.assert_close(found, attr.ExcitationBackprop(model).attribute(x, 1), rtol=1e-8, atol=1e-10)
+
+
+def test_auto_is_the_last_layer_with_maps() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).double()
+    x = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    found = attr.ExcitationBackprop(model, "auto").attribute(x, 1)
+    assert torch.equal(found, attr.ExcitationBackprop(model, "1").attribute(x, 1)) and found.shape == (
+        2,
+        1,
+        4,
+        4,
+    )

@@ -923,3 +923,12 @@ def test_wrong_arguments_of_the_tunnel(images, wrong, error, words):
 def test_the_tunnel_needs_a_method():
     with pytest.raises(TypeError, match="Linear"):
         NoiseTunnel(nn.Linear(2, 2))
+
+
+def test_numbers_that_are_not_real() -> None:
+    x = torch.ones(2, 3, dtype=torch.complex64)
+    for method in (IntegratedGradients(lambda x: x.sum(1)), NoiseTunnel(attr.Saliency(lambda x: x.sum(1)))):
+        with pytest.raises(TypeError, match="must hold real numbers, but its dtype is torch.complex64"):
+            method.attribute(x)
+    with pytest.raises(TypeError, match="The baseline of input 0 must hold real numbers"):
+        IntegratedGradients(lambda x: x.sum(1)).attribute(torch.ones(2, 3), baselines=x)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mask_cases import philox_truth
 from torch import Tensor, nn
 
-from convviz_cuda.attr import RISE
+from convviz_cuda.attr import RISE, rise
 
 F64, F32 = torch.float64, torch.float32
 
@@ -555,3 +555,38 @@ def test_bad_functions(images, net):
 
 def test_facts_that_captums_users_read(net):
     assert not RISE(net).has_convergence_delta() and not RISE.multiplies_by_inputs
+
+
+def test_what_cannot_be_drawn() -> None:
+    model = lambda x: x.mean((2, 3))  # noqa: E731
+    with pytest.raises(ValueError, match="p must be at least"):
+        RISE(model).attribute(torch.rand(1, 3, 8, 8), 0, p=1e-11)
+    with pytest.raises(ValueError, match="at most a cell a pixel of 8 x 8"):
+        RISE(model).attribute(torch.rand(1, 3, 8, 8), 0, grid=9)
+
+
+def test_masks_are_the_same_in_any_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.rand(1, 3, 9, 9)
+    whole = rise.random_masks(50, (3, 3), 0.5, 7, (9, 9), image)
+    monkeypatch.setattr(rise, "DRAWN", 7)
+    parts = rise.random_masks(50, (3, 3), 0.5, 7, (9, 9), image)
+    assert torch.equal(whole.grids, parts.grids) and torch.equal(whole.offsets, parts.offsets)
+
+
+def test_other_threads_keep_their_random_numbers() -> None:
+    """The look at the function, whether it is random, must not set back what other threads draw."""
+    stop, drawn = threading.Event(), []
+
+    def draw() -> None:
+        while not stop.is_set():
+            drawn.append(float(torch.rand(1, dtype=torch.float64)))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for _ in range(20):
+            RISE(lambda x: x.mean((2, 3))).attribute(torch.rand(1, 3, 8, 8), 0, n_masks=12)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(set(drawn)) == len(drawn) > 20

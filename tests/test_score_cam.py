@@ -121,3 +121,16 @@ def test_callers_of_all_kinds_and_nothing_left_behind() -> None:
 def test_progress_counts_masked_images(capsys: pytest.CaptureFixture[str]) -> None:
     attr.ScoreCam(built(Plain), "features").attribute(images(), 1, show_progress=True)
     assert "24/24 masked images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", ["one", "mean"])
+def test_a_function_that_mixes_a_batch_is_refused(rows: str) -> None:
+    model, x = built(Plain), images()
+
+    def mixed(x: Tensor) -> Tensor:
+        out = model(x)
+        return out.sum() if rows == "one" else out.mean(0, keepdim=True)
+
+    with pytest.raises(AssertionError, match="must return scores of each image"):
+        target = None if rows == "one" else 1
+        attr.ScoreCam(mixed, model.features).attribute(x, target, batch_size=4)

@@ -26,6 +26,13 @@ def as_tuple(inputs: Any) -> tuple[Tensor, ...]:
     return tensors
 
 
+def real(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of real numbers, detached, integers as PyTorch's default floating dtype; TypeError for a complex one."""
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers, but its dtype is {tensor.dtype}.")
+    return tensor.detach() if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+
+
 def extra_args(additional_forward_args: Any) -> tuple[Any, ...]:
     if additional_forward_args is None:
         return ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -141,8 +143,7 @@ class MaskedForward:
             return self.scores(one, 1)
 
         try:
-            # A random function goes on as if it had not been looked at.
-            with torch.random.fork_rng(devices):
+            with unseen(devices):
                 expected = torch.cat([self.clean, alone(1, self.layouts), alone(2, self.layouts)])
                 if together:
                     found = self.scores([batches.flatten(0, 1) for batches in given], 3)
@@ -321,6 +322,16 @@ def _tf32() -> bool:
         return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # set by the newer switches, which the older ones then refuse to name
         return True
+
+
+def unseen(devices: Collection[int]) -> contextlib.AbstractContextManager[None]:
+    """In which random functions are looked at: PyTorch's random state is then as if they had not been.
+
+    Not while other threads run, which would be set back too and draw the same numbers again.
+    """
+    if threading.active_count() > 1:
+        return contextlib.nullcontext()
+    return torch.random.fork_rng(devices)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -13,7 +13,7 @@ from ..mask_ops import checked_masks, mask_images_inplace_op
 from ..progress import Progress
 from ..window_ops import change
 from ._inputs import Target, gains_turned, select_target
-from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
+from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding, unseen
 
 # Writes masked images, from one number to another, into memory of their shape: ``(out, images, start, stop)``. Gives
 # which image each is made of, on the device and on the host. The images are the caller's, in the layout of ``out``.
@@ -110,7 +110,7 @@ class MaskedImages:
             max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, self.images[0].nbytes)),
         )
         devices = {self.images.device.index} if device == "cuda" else ()
-        with torch.random.fork_rng(devices):  # a random function goes on as if it had not been looked at
+        with unseen(devices):
             with PeakBytes(memory_limit is not None) as peak:
                 alone = [self._probe(0, 1, self.layout)]
             if memory_limit is not None:

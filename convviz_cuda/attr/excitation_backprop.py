@@ -21,6 +21,7 @@ from ._gradient import (
     target_scores,
 )
 from ._inputs import Inputs, Target, as_tuple, restore
+from ._layer import AUTO, last_maps
 from ._taps import tapped
 
 
@@ -47,8 +48,8 @@ class ExcitationBackprop(GradientAttribution):
 
     Args:
         model: an ``nn.Module``; AssertionError otherwise.
-        layer: a module of it or its name, at whose output P is read (of the last run if there are several); None: at
-            the inputs.
+        layer: a module of it or its name, at whose output P is read (of the last run if there are several); "auto":
+            the last layer that gives maps; None: at the inputs.
 
     The model keeps its weights, hooks and modes. Values are kept in its dtype and P is computed in at least float32; in
     float16, shares of less than 6e-8 are lost between layers. Raises ValueError for an unknown layer.
@@ -59,7 +60,8 @@ class ExcitationBackprop(GradientAttribution):
     def __init__(self, model: nn.Module, layer: nn.Module | str | None = None) -> None:
         check_module(model)
         super().__init__(model)
-        self.layer = None if layer is None else find_layer(model, layer)
+        auto = layer == AUTO and AUTO not in dict(model.named_modules())
+        self.layer = layer if layer is None or auto else find_layer(model, layer)
 
     def attribute(
         self,
@@ -82,7 +84,7 @@ class ExcitationBackprop(GradientAttribution):
                 what speaks for the target and not for the others. The result sums to 0 at every layer below, where
                 neither pass lost a share. It has both signs; the authors show its positive part. Right below a 1x1
                 convolution that is contrasted, as SqueezeNet ends, it is 0 at each position: look further down.
-            contrast_layer: a module or a name: negate the topmost weights of this layer instead of the model's.
+            contrast_layer: a module or a name: negate the topmost weights in or below it instead of the model's.
             sum_channels: sum P over the channels, as the authors show it; of maps without positions ``(N, C)`` it is
                 not summed.
 
@@ -138,7 +140,10 @@ class ExcitationBackprop(GradientAttribution):
         if contrast_layer is not None and not contrastive:
             raise ValueError(f"contrast_layer is {contrast_layer!r}, but contrastive is {contrastive!r}.")
         dual = None if contrast_layer is None else find_layer(self.forward_func, contrast_layer)
-        places = [layer for layer in (self.layer, dual) if layer is not None]
+        layer = self.layer
+        if isinstance(layer, str):
+            layer = last_maps(self.forward_func, tuple(x.detach() for x in as_tuple(inputs)), args)
+        places = [each for each in (layer, dual) if each is not None]
 
         def forward(session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
             seen: dict[int, Any] = {}
@@ -162,8 +167,8 @@ class ExcitationBackprop(GradientAttribution):
             )
             where: tuple[Tensor | GradientEdge, ...] = xs
             like = xs
-            if self.layer is not None:
-                value, edge = _ran(self.layer, seen)
+            if layer is not None:
+                value, edge = _ran(layer, seen)
                 where, like = (edge,), (value,)
             seeds = score_seeds(output, scores) if scores else output.new_empty((0, *output.shape))
             if contrastive:

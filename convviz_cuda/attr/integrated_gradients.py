@@ -28,6 +28,7 @@ from ._inputs import (
     Target,
     as_tuple,
     extra_args,
+    real,
     repeated_args,
     repeated_target,
     restore,
@@ -321,9 +322,7 @@ class IntegratedGradients(GradientAttribution):
 
 def _path(inputs: Inputs, baselines: Baselines, args: Any) -> _Path:
     """The path of each input; AssertionError (Captum's) for baselines that do not fit."""
-    ends = tuple(
-        x.detach() if x.is_floating_point() else x.to(torch.get_default_dtype()) for x in as_tuple(inputs)
-    )
+    ends = tuple(real(f"Input tensor {index}", x) for index, x in enumerate(as_tuple(inputs)))
     for index, x in enumerate(ends):
         assert x.dim() > 0, f"Input tensor {index} must have a batch dimension, but it is a scalar."
     if baselines is None:
@@ -347,7 +346,8 @@ def _path(inputs: Inputs, baselines: Baselines, args: Any) -> _Path:
                 f"dimension, but its shape is {tuple(baseline.shape)}."
             )
         # Through the input's dtype: the path begins where the function can be evaluated.
-        starts.append(baseline.detach().to(x.dtype).to(x.device, wide).expand(x.shape))
+        baseline = real(f"The baseline of input {index}", baseline)
+        starts.append(baseline.to(x.dtype).to(x.device, wide).expand(x.shape))
     steps = tuple(x.to(s.dtype) - s for x, s in zip(ends, starts, strict=True))
     return _Path(ends, tuple(starts), steps, extra_args(args))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..progress import Progress
 from ._gradient import EXAMPLES, check_at_once
-from ._inputs import Inputs, as_tuple, extra_args, repeated_args, repeated_target, target_list
+from ._inputs import Inputs, as_tuple, extra_args, real, repeated_args, repeated_target, target_list
 from ._masked import memory_format, room_for
 
 TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
@@ -135,16 +135,13 @@ class NoiseTunnel:
         kwargs: dict[str, Any],
     ) -> Any:
         nt_type, count, at_once, stdevs, draw, seed = samples
-        tensors = tuple(
-            x.detach() if x.is_floating_point() else x.to(torch.get_default_dtype()) for x in as_tuple(inputs)
-        )
+        tensors = tuple(real(f"Input tensor {index}", x) for index, x in enumerate(as_tuple(inputs)))
         noise = _Noise(tensors, stdevs, seed)
         assert nt_type in TYPES, (
             f"Noise types must be one of {', '.join(map(repr, TYPES))}, but nt_type is {nt_type!r}."
         )
-        if count is None:
-            raise ValueError("nt_samples must be an int of at least 1, but it is None.")
-        check_at_once("nt_samples", count)
+        check_at_once("nt_samples", 0 if count is None else count)
+        check_at_once("internal_batch_size", kwargs.get("internal_batch_size"))
         check_at_once("nt_samples_batch_size", at_once)
         explicit = at_once is not None
         if not explicit:
@@ -175,6 +172,11 @@ class NoiseTunnel:
                     found, delta = found
                     deltas.append(_by_sample(delta, batch_dim, stop - start))
                 is_tuple = isinstance(found, tuple)
+                for one in found if is_tuple else (found,):
+                    if not isinstance(one, Tensor):
+                        raise TypeError(
+                            f"The method must give a tensor or a tuple of them, of one layer, but it gave {type(one)}."
+                        )
                 parts = [
                     _by_sample(one, batch_dim, stop - start) for one in (found if is_tuple else (found,))
                 ]

@@ -18,6 +18,7 @@ from ._inputs import Inputs, Target, as_tuple, extra_args, target_list
 from ._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image, sampled
 
 Score = Literal["softmax", "output"]
+DRAWN = 1 << 15  # masks whose random words are there together
 SUM_BYTES = 1 << 26  # of what the sum of masks holds at once
 
 
@@ -94,10 +95,14 @@ def random_masks(
     """
     h, w = grid
     cell = -(-size[0] // h), -(-size[1] // w)
-    words = philox(torch.arange(count, device=like.device), h * w + 2, seed)
-    ones = words[:, : h * w] < round(p * 2**32)
-    offsets = words[:, h * w :] * torch.tensor(cell, device=like.device) >> 32
-    return RandomMasks(ones.to(like.dtype).view(count, h, w), offsets, cell)
+    grids = like.new_empty((count, h, w))
+    offsets = torch.empty((count, 2), dtype=torch.int64, device=like.device)
+    for start in range(0, count, DRAWN):  # random words take many times the bytes of what becomes of them
+        part = slice(start, start + DRAWN)
+        words = philox(torch.arange(count, device=like.device)[part], h * w + 2, seed)
+        grids[part] = (words[:, : h * w] < round(p * 2**32)).view(-1, h, w)
+        offsets[part] = words[:, h * w :] * torch.tensor(cell, device=like.device) >> 32
+    return RandomMasks(grids, offsets, cell)
 
 
 class RISE:
@@ -223,9 +228,15 @@ class RISE:
                 _check_int(name, value, 1)
         if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 < p <= 1:
             raise ValueError(f"p must be a number above 0 and at most 1, but it is {p!r}.")
+        if round(float(p) * 2**32) == 0:
+            raise ValueError(f"p must be at least 2**-32, or no cell is ever shown, but it is {p!r}.")
         if score not in ("softmax", "output"):
             raise ValueError(f"score must be 'softmax' or 'output', but it is {score!r}.")
         count, _, height, width = images.shape
+        if images.numel() and (grid[0] > height or grid[1] > width):
+            raise ValueError(
+                f"grid must have at most a cell a pixel of {height} x {width}, but it is {grid}."
+            )
         wanted = targets()
         each = None if wanted is None else [of_each_image(target, count) for target in wanted]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32

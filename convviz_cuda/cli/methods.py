@@ -95,7 +95,7 @@ def _cam(name: str, **settings: Any) -> Callable[..., torch.Tensor]:
     return of_class
 
 
-def _layer(name: str, *arguments: Any) -> Callable[..., torch.Tensor]:
+def _layer(name: str) -> Callable[..., torch.Tensor]:
     """The sum over the channels of a layer method's maps, at the inputs' size."""
 
     def of_class(
@@ -156,12 +156,10 @@ def _excitation(contrastive: bool) -> Callable[..., torch.Tensor]:
         model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
     ) -> torch.Tensor:
         from .. import attr
-        from ..attr._layer import last_maps
 
-        layer: Any = options.cam_layer
-        if layer == "auto":
-            layer = last_maps(model, (inputs[:1],), None)
-        maps = attr.ExcitationBackprop(model, layer).attribute(inputs, targets, contrastive=contrastive)
+        maps = attr.ExcitationBackprop(model, options.cam_layer).attribute(
+            inputs, targets, contrastive=contrastive
+        )
         return attr.LayerAttribution.interpolate(maps, tuple(inputs.shape[2:]), "bilinear")
 
     return of_class

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .. import attr
 from ..activations import evaluating
 from ..attr._cam import ClassActivationMap, upsampled, weighed_maps
-from ..attr._gradient import check_module
+from ..attr._gradient import check_module, in_training
 from ..attr._layer import LayerAttribution, Values
 from ..attr.eigen_cam import EigenCam
+from ..network import twin_of
 
 __all__ = [
     "BinaryClassifierOutputTarget",
@@ -116,7 +117,7 @@ class SemanticSegmentationTarget:
     """The sum of a category's scores over the pixels of a mask ``(H, W)``, of an output ``(classes, H, W)``."""
 
     def __init__(self, category: int, mask: np.ndarray | Tensor) -> None:
-        self.category = category
+        self.category = ClassifierOutputTarget(category).category
         self.mask = torch.as_tensor(mask)
 
     def __call__(self, model_output: Tensor) -> Tensor:
@@ -199,35 +200,66 @@ class GradCAM:
             aug_smooth: the mean over the image, its mirror image, and both at 0.9 and 1.1 times the contrast.
             eigen_smooth: the first principal component of the weighted maps in place of their sum.
 
-        Raises ValueError for another number of targets than images, IndexError for a class out of range,
-        AssertionError for a layer that does not run.
+        Raises ValueError for another number of targets than images, TypeError for targets that are none, IndexError for
+        a class out of range, AssertionError for a layer that does not run.
         """
         if not isinstance(input_tensor, Tensor) or input_tensor.dim() < 3:
             raise ValueError(f"input_tensor must be images (N, C, H, W), but it is {_shape(input_tensor)}.")
         parameter = next(self.model.parameters(), None)
         images = input_tensor if parameter is None else input_tensor.to(parameter.device)
+        if targets is not None and not (isinstance(targets, Sequence) and all(map(callable, targets))):
+            raise TypeError(
+                "targets must be a list of callables from an image's output to a score, such as "
+                f"ClassifierOutputTarget(281), but it is {targets!r}."
+            )
         if targets is not None and len(targets) != len(images):
             raise ValueError(
                 f"targets must hold a target for each of {len(images)} images, but it holds {len(targets)}."
             )
-        with evaluating(self.model):
-            if aug_smooth:
-                maps = self._smoothed(images, targets, eigen_smooth)
-            else:
-                maps = self._maps(images, targets, eigen_smooth)
+        call = self._smoothed if aug_smooth else self._maps
+        if not len(images):
+            maps = torch.zeros((0, *images.shape[2:]), device=images.device)
+        else:
+            model, layers = self._in_evaluation_mode()
+            with evaluating(model):
+                maps = call(model, layers, images, targets, eigen_smooth)
         return maps if self.output == "torch" else maps.cpu().numpy()
 
     forward = __call__
 
-    def _smoothed(self, images: Tensor, targets: Sequence[Target] | None, eigen_smooth: bool) -> Tensor:
+    def _in_evaluation_mode(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The model and its layers; a copy with the same tensors of one in training mode, which other threads may be
+        training meanwhile."""
+        if not in_training(self.model):
+            return self.model, self.target_layers
+        twin = twin_of(self.model)
+        twins = dict(zip(map(id, self.model.modules()), twin.modules(), strict=True))
+        return twin, [twins[id(layer)] for layer in self.target_layers]
+
+    def _smoothed(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        images: Tensor,
+        targets: Sequence[Target] | None,
+        eigen_smooth: bool,
+    ) -> Tensor:
         total = torch.zeros(())
         for flipped, factor in SMOOTHING:
-            maps = self._maps((images.flip(-1) if flipped else images) * factor, targets, eigen_smooth)
+            given = (images.flip(-1) if flipped else images) * factor
+            maps = self._maps(model, layers, given, targets, eigen_smooth)
             total = total.to(maps.device) + (maps.flip(-1) if flipped else maps)
         return total / len(SMOOTHING)
 
-    def _maps(self, images: Tensor, targets: Sequence[Target] | None, eigen_smooth: bool) -> Tensor:
-        reader = LayerAttribution(self.model, self.target_layers[0])
+    def _maps(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        images: Tensor,
+        targets: Sequence[Target] | None,
+        eigen_smooth: bool,
+    ) -> Tensor:
+        reader = LayerAttribution(model, layers[0])
 
         def use(output: Any, values: list[Values]) -> Tensor:
             self.outputs = torch.utils._pytree.tree_map_only(Tensor, torch.detach, output)
@@ -240,17 +272,16 @@ class GradCAM:
                 gradients = torch.autograd.grad(sum(score.sum() for score in scores), tensors)
             with torch.no_grad():
                 maps = [
-                    self._of_layer(value.detach(), gradient, images, chosen, eigen_smooth)
+                    self._of_layer(model, value.detach(), gradient, images, chosen, eigen_smooth)
                     for value, gradient in zip(tensors, gradients, strict=True)
                 ]
                 return _scaled(torch.stack(maps).clamp(min=0).mean(0))
 
-        return reader._read(
-            images, None, False, use, layers=self.target_layers, differentiate=self.method.uses_gradients
-        )
+        return reader._read(images, None, False, use, layers=layers, differentiate=self.method.uses_gradients)
 
     def _of_layer(
         self,
+        model: nn.Module,
         value: Tensor,
         gradient: Tensor | None,
         images: Tensor,
@@ -261,11 +292,12 @@ class GradCAM:
         if self.reshape_transform is not None:
             value = self.reshape_transform(value)
             gradient = None if gradient is None else self.reshape_transform(gradient)
-        maps = self._weighed(value, gradient, images, targets, eigen_smooth).float()
+        maps = self._weighed(model, value, gradient, images, targets, eigen_smooth).float()
         return upsampled(_scaled(maps.relu()[:, 0])[:, None], images.shape[2:])[:, 0]
 
     def _weighed(
         self,
+        model: nn.Module,
         value: Tensor,
         gradient: Tensor | None,
         images: Tensor,
@@ -308,7 +340,7 @@ class HiResCAM(GradCAM):
 class GradCAMElementWise(GradCAM):
     """The positive products of gradient and value, summed over the channels."""
 
-    def _weighed(self, value, gradient, images, targets, eigen_smooth):
+    def _weighed(self, model, value, gradient, images, targets, eigen_smooth):
         products = (value * gradient).relu()
         return weighed_maps(EigenCam, products, None) if eigen_smooth else products.sum(1, keepdim=True)
 
@@ -322,7 +354,7 @@ class EigenCAM(GradCAM):
 class EigenGradCAM(GradCAM):
     """The first principal component of gradient times value; its sign is chosen as Eigen-CAM's is."""
 
-    def _weighed(self, value, gradient, images, targets, eigen_smooth):
+    def _weighed(self, model, value, gradient, images, targets, eigen_smooth):
         return weighed_maps(EigenCam, value * gradient, None)
 
 
@@ -335,11 +367,11 @@ class ScoreCAM(GradCAM):
     method = EigenCam  # no gradients are taken
     batch_size: int | None = None
 
-    def _weighed(self, value, gradient, images, targets, eigen_smooth):
+    def _weighed(self, model, value, gradient, images, targets, eigen_smooth):
         def pick(output: Tensor, numbers: Sequence[int]) -> Tensor:
             return torch.stack([targets[i](one).sum() for i, one in zip(numbers, output, strict=True)])
 
-        scorer = attr.ScoreCam(self.model, self.target_layers[0], align_corners=True)
+        scorer = attr.ScoreCam(model, model, align_corners=True)
         weighted = (
             scorer.weights(images, value, [pick], (), self.batch_size, False)[0][:, :, None, None] * value
         )
