@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from convviz_cuda.attr._masked import PeakBytes
 from convviz_cuda.fills import fill_values
 from convviz_cuda.metrics import insertion_deletion, perturbation_curve
 
@@ -389,6 +390,20 @@ def test_chunks_change_nothing(count):
     for n in range(count if count > 1 else 0):  # noise belongs to an image's number
         part = insertion_deletion(model, x[n : n + 1], maps[n : n + 1], 0, steps=6, score="output")
         assert torch.equal(torch.stack([part.insertion.curves, part.deletion.curves])[:, 0], alone[:2, n])
+
+
+def test_memory_is_bounded():
+    """Neither the masks of all steps nor the fills of all images are held at once."""
+    x, maps = drawn(24, 3, 64, 64, dtype=torch.float32), drawn(24, 64, 64, dtype=torch.float32)
+    for run in (
+        lambda: insertion_deletion(Linear(torch.ones(3, 64, 64)), x, maps, 0, steps=64, score="output"),
+        lambda: perturbation_curve(
+            Linear(torch.ones(3, 64, 64)), x, maps, 0, order="morf", steps=30, repetitions=3, score="output"
+        ),
+    ):
+        with PeakBytes(True) as peak:
+            run()
+        assert peak.bytes < 8 * x.nbytes  # all masks would be 130 and 93
 
 
 def test_a_function_that_mixes_its_batch_is_evaluated_image_by_image():
