@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from convviz_cuda.attr._masked import PeakBytes
 from convviz_cuda.fills import fill_values
 from convviz_cuda.metrics import insertion_deletion, perturbation_curve
 
@@ -119,9 +120,10 @@ def test_the_area_does_not_depend_on_the_steps(steps):
 
 def test_steps_are_of_about_equal_size():
     x, maps = torch.ones(1, 1, 7, 7), drawn(1, 7, 7)
-    counts = insertion_deletion(Seen(), x, maps, mode="deletion", steps=10, score="output").fractions * 49
-    sizes = counts.diff().round().long().tolist()
-    assert sum(sizes) == 49 and set(sizes) == {4, 5} and len(sizes) == 10
+    for steps, allowed in ((10, {4, 5}), (30, {1, 2}), (48, {1, 2}), (49, {1})):
+        found = insertion_deletion(Seen(), x, maps, mode="deletion", steps=steps, score="output")
+        sizes = (found.fractions * 49).diff().round().long().tolist()
+        assert sum(sizes) == 49 and set(sizes) == allowed and len(sizes) == steps
     usual = insertion_deletion(Seen(), x, maps, mode="deletion", score="output")
     assert usual.settings["steps"] == 49  # no more than pixels
 
@@ -342,8 +344,20 @@ def test_curves_are_means_over_repetitions():
     for name in ("morf", "lerf", "abpc"):
         mean = torch.stack([getattr(one, name).values for one in each]).mean(0)
         torch.testing.assert_close(getattr(found, name).values, mean, rtol=0, atol=1e-12)
-    many = perturbation_curve(Linear(weights), x, maps, fill="noise", repetitions=3, **options)
-    assert not torch.equal(many.morf.curves[0, 1:], each[0].morf.curves[0, 1:])
+
+
+def test_normal_noise_is_drawn_anew_in_each_repetition():
+    weights, x, maps = drawn(3, 6, 6), drawn(2, 3, 6, 6, seed=1), drawn(2, 6, 6, seed=2)
+    options = {"region": 3, "steps": 4, "score": "output", "fill": "noise", "order": "morf"}
+    ends = [
+        perturbation_curve(Linear(weights), x, maps, repetitions=r, **options).curves[:, -1]
+        for r in (1, 2, 3)
+    ]
+    second, third = 2 * ends[1] - ends[0], 3 * ends[2] - 2 * ends[1]
+    for a, b in ((ends[0], second), (ends[0], third), (second, third)):
+        assert (a - b).abs().min() > 1e-3
+    again = perturbation_curve(Linear(weights), x, maps, repetitions=3, **options)
+    assert torch.equal(again.curves[:, -1], ends[2])
 
 
 def test_the_preset_of_region_perturbation():
@@ -378,6 +392,20 @@ def test_chunks_change_nothing(count):
         assert torch.equal(torch.stack([part.insertion.curves, part.deletion.curves])[:, 0], alone[:2, n])
 
 
+def test_memory_is_bounded():
+    """Neither the masks of all steps nor the fills of all images are held at once."""
+    x, maps = drawn(24, 3, 64, 64, dtype=torch.float32), drawn(24, 64, 64, dtype=torch.float32)
+    for run in (
+        lambda: insertion_deletion(Linear(torch.ones(3, 64, 64)), x, maps, 0, steps=64, score="output"),
+        lambda: perturbation_curve(
+            Linear(torch.ones(3, 64, 64)), x, maps, 0, order="morf", steps=30, repetitions=3, score="output"
+        ),
+    ):
+        with PeakBytes(True) as peak:
+            run()
+        assert peak.bytes < 8 * x.nbytes  # all masks would be 130 and 93
+
+
 def test_a_function_that_mixes_its_batch_is_evaluated_image_by_image():
     net = Net()
 
@@ -389,6 +417,23 @@ def test_a_function_that_mixes_its_batch_is_evaluated_image_by_image():
 
     x, maps = drawn(2, 3, 9, 10), drawn(2, 9, 10, seed=1)
     torch.testing.assert_close(both(mixing, x, maps, 1), both(alone, x, maps, 1), rtol=0, atol=0)
+
+
+def test_mixing_is_seen_between_the_ends():
+    """Neighbouring steps are so alike that what a mean over them does to a score is within float32's rounding."""
+
+    def mixing(x: Tensor) -> Tensor:
+        total = x.flatten(1).sum(1, keepdim=True)
+        return total + 0.04 * (total.mean(0) - total)
+
+    x, maps = torch.ones(1, 1, 30, 30), drawn(1, 30, 30)
+    options = {"mode": "deletion", "steps": 900, "score": "output"}
+    found = insertion_deletion(mixing, x, maps, 0, **options)
+    torch.testing.assert_close(
+        found.curves, torch.arange(900.0, -1, -1, dtype=torch.float64)[None], rtol=0, atol=1e-3
+    )
+    alone = insertion_deletion(mixing, x, maps, 0, batch_size=1, **options)
+    assert torch.equal(found.curves, alone.curves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

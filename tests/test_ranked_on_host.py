@@ -26,6 +26,12 @@ def strides(fills, images, layout: str) -> list[int]:
     ]
 
 
+def shifted(ranks):
+    """Where no vector of ranks may begin."""
+    store = ranks.new_empty(ranks.numel() + 1)[1:]
+    return store.view(ranks.shape).copy_(ranks)
+
+
 @each_dtype
 @each_layout
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
@@ -37,11 +43,12 @@ def test_replace_ranked(gpu, dtype, layout, shift, case):
     shape = tuple(expected.shape)
     # The fill in either layout; each of the addresses in turn where no vector may begin.
     for fill_layout, moved in (("contiguous", shift), ("channels_last", 1 - shift), (layout, 0)):
+        tables[0] = shifted(tables[0]) if moved else tables[0].clone()
         given = arranged(images, layout, shift)
         fill = arranged(fills, fill_layout, moved)
         for place in (0, 1):  # of the result
             (out,) = twice(
-                lambda out, given=given, fill=fill: gpu.replace_ranked(
+                lambda out, given=given, fill=fill, tables=tuple(tables): gpu.replace_ranked(
                     layout == "channels_last",
                     raw(given),
                     raw(fill),

@@ -255,6 +255,16 @@ def predicted(forward_func: Callable[..., Any], images: Tensor, args: Any) -> li
     return found
 
 
+def target_of_each(target: Target, count: int) -> list[Any] | None:
+    """The targets for the record, one for each image."""
+    if target is None:
+        return None
+    if hasattr(target, "tolist"):
+        target = target.tolist()
+        target = target[0] if isinstance(target, list) and len(target) == 1 else target
+    return list(target) if isinstance(target, list) else [target] * count
+
+
 # ---------------------------------------------------------------------------------------------- checks
 
 

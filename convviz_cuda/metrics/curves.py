@@ -30,6 +30,7 @@ from ._curves import (
     region_sums,
     settled,
     spread_over_pixels,
+    target_of_each,
     uniform_fills,
 )
 from ._result import Metric, check_maps
@@ -346,12 +347,3 @@ def perturbation_curve(
 
 def fill_is(fill: Fill, name: str) -> bool:
     return isinstance(fill, str) and fill == name
-
-
-def target_of_each(target: Target, count: int) -> list[Any] | None:
-    if target is None:
-        return None
-    if hasattr(target, "tolist"):
-        target = target.tolist()
-        target = target[0] if isinstance(target, list) and len(target) == 1 else target
-    return list(target) if isinstance(target, list) else [target] * count

@@ -1,0 +1,145 @@
+"""ROAD: the imputation against a dense solution of its equations, curves by hand, errors."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from convviz_cuda.metrics import road
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def solved(image: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """(C, H, W): each hidden pixel the weighted mean of the neighbours that exist, by a dense solver."""
+    height, width = hidden.shape
+    matrix, right = np.eye(height * width), np.zeros((height * width, len(image)))
+    for y, x in np.ndindex(height, width):
+        row = y * width + x
+        if not hidden[y, x]:
+            right[row] = image[:, y, x]
+            continue
+        places = [(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i or j)]
+        places = [(v, u) for v, u in places if 0 <= v < height and 0 <= u < width]
+        weights = np.array([2.0 if v == y or u == x else 1.0 for v, u in places])
+        for (v, u), weight in zip(places, weights / weights.sum(), strict=True):
+            matrix[row, v * width + u] -= weight
+    return np.linalg.solve(matrix, right).T.reshape(image.shape)
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.images += [row.clone() for row in x]
+        return torch.stack([torch.stack([row.double().sum(), row.double().square().sum()]) for row in x])
+
+
+@pytest.mark.parametrize("size", [(7, 9), (1, 8), (8, 1), (12, 5)])
+@pytest.mark.parametrize("order", ["morf", "lerf"])
+def test_removed_pixels_are_means_of_their_neighbours(size, order):
+    x, maps = drawn(2, 3, *size), drawn(2, *size, seed=1)
+    maps[:, : size[0] // 2] += 3  # large holes too
+    fractions, pixels = (0.2, 0.5, 0.85), size[0] * size[1]
+    model = Seen()
+    found = road(model, x, maps, 0, order=order, fractions=fractions, noise=0.0, score="output", batch_size=1)
+    assert found.fractions.tolist() == list(fractions) and found.curves.shape == (2, 3)
+    for n in range(2):
+        flat = maps[n].numpy().ravel()
+        places = np.argsort(-flat if order == "morf" else flat, kind="stable")
+        for s, fraction in enumerate(fractions):
+            hidden = np.zeros(pixels, bool)
+            hidden[places[: round(fraction * pixels)]] = True
+            expected = torch.from_numpy(solved(x[n].numpy(), hidden.reshape(size)))
+            assert min(float((image - expected).abs().max()) for image in model.images) < 1e-7
+            assert abs(float(found.curves[n, s]) - float(expected.sum())) < 1e-6
+    torch.testing.assert_close(found.values, found.curves.mean(1), rtol=0, atol=1e-12)
+
+
+def test_a_constant_image_stays_what_it_is():
+    x, model = torch.full((1, 3, 40, 41), 2.5), Seen()
+    road(model, x, drawn(1, 40, 41), 0, fractions=[0.5, 0.999999], noise=0.0, score="output")
+    assert all(float((image - 2.5).abs().max()) < 1e-5 for image in model.images)
+    assert not any(torch.equal(image, torch.zeros_like(image)) for image in model.images)
+
+
+def test_noise_is_normal_and_only_where_pixels_were_removed():
+    x, maps = (
+        torch.ones(2, 3, 50, 50, dtype=torch.float64),
+        torch.arange(2500.0).view(1, 50, 50).repeat(2, 1, 1),
+    )
+    model = Seen()
+    road(model, x, maps, 0, order="lerf", fractions=[0.4], noise=0.5, score="output", batch_size=1, seed=3)
+    first, second = (
+        next(i for i in model.images if torch.equal(i, j)) - 1 for j in (model.images[0], model.images[-1])
+    )
+    for noise in (first, second):
+        assert not noise[:, 20:].any()
+        values = noise[:, :20].flatten()
+        assert abs(float(values.mean())) < 0.05 and abs(float(values.std()) - 0.5) < 0.03
+        assert abs(float((values.abs() < 0.5).double().mean()) - 0.6827) < 0.04
+        assert values.unique().numel() == 3000
+    assert (first[:, :20] != second[:, :20]).all()
+    again = Seen()
+    road(again, x[:1], maps[:1], 0, order="lerf", fractions=[0.4], noise=0.5, score="output", seed=3)
+    assert any(torch.equal(again.images[0], i) for i in model.images)
+    other = Seen()
+    road(other, x[:1], maps[:1], 0, order="lerf", fractions=[0.4], noise=0.5, score="output", seed=4)
+    assert not any(torch.equal(other.images[0], i) for i in model.images)
+
+
+def test_chunks_layouts_targets_and_the_record(tmp_path, capsys):
+    x, maps = drawn(3, 3, 10, 11), drawn(3, 10, 11, seed=1)
+    alone = road(Seen(), x, maps, [0, 1, 0], batch_size=1, score="output")
+    for batch_size in (2, 5, 100, None):
+        again = road(Seen(), x, maps, [0, 1, 0], batch_size=batch_size, score="output")
+        torch.testing.assert_close(again.morf.curves, alone.morf.curves, rtol=0, atol=1e-9)
+        torch.testing.assert_close(again.lerf.curves, alone.lerf.curves, rtol=0, atol=1e-9)
+    last = x.contiguous(memory_format=torch.channels_last)
+    turned = road(Seen(), last, maps, [0, 1, 0], score="output", show_progress=True)
+    torch.testing.assert_close(turned.morf.curves, alone.morf.curves, rtol=0, atol=1e-9)
+    assert "ROAD: 42/42 masked images" in capsys.readouterr().err
+    half = (alone.lerf.values - alone.morf.values) / 2
+    torch.testing.assert_close(alone.combined.values, half, rtol=0, atol=0)
+    predicted = road(Seen(), x, maps, order="morf")
+    assert predicted.targets == [int(t) for t in Seen()(x).argmax(1)]
+    alone.write_json(tmp_path / "a.json")
+    alone.plot(tmp_path / "a.png")
+    assert torch.equal(x, drawn(3, 3, 10, 11))
+    assert road(Seen(), x[:0], maps[:0], 0).combined.values.shape == (0,)
+
+
+X, MAPS = torch.ones(2, 3, 8, 8), torch.ones(2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        ({"order": "up"}, ValueError, "order must be 'both', 'morf' or 'lerf', but it is 'up'."),
+        (
+            {"fractions": []},
+            ValueError,
+            "fractions must be one or more numbers above 0 and below 1, but it is [].",
+        ),
+        ({"fractions": [0.5, 1]}, ValueError, "but it is [0.5, 1]."),
+        ({"fractions": 3}, TypeError, "fractions must be numbers, but it is 3."),
+        ({"noise": -1}, ValueError, "noise must be a number of at least 0, but it is -1."),
+        ({"noise": "no"}, ValueError, "but it is 'no'."),
+        ({"seed": 1.5}, ValueError, "seed must be an int of at least 0"),
+        ({"maps": MAPS[:, :4]}, ValueError, "maps must have the images' size (8, 8)"),
+        ({"target": [1]}, AssertionError, "1 targets for 2 images."),
+    ],
+)
+def test_bad_arguments(wrong, error, words):
+    def model(x: Tensor) -> Tensor:
+        raise RuntimeError("evaluated")
+
+    with pytest.raises(error, match=re.escape(words)):
+        road(**{"model": model, "images": X, "maps": MAPS, "target": 0} | wrong)
