@@ -1,1 +1,43 @@
 """Metrics that judge attribution maps. Each returns values per image and a record of how they were computed."""
+
+from __future__ import annotations
+
+from ._result import Metric
+from ._similarity import Similarities
+from .confidence import Confidence, average_drop, confidence, increase_in_confidence, win_rate
+from .pointing import (
+    PointingGame,
+    box_iou,
+    energy_pointing_game,
+    loc_delta,
+    localization_accuracy,
+    map_boxes,
+    pointing_game,
+)
+from .quantus import explain_func, quantus_metric
+from .randomization import model_randomization
+from .robustness import equivariance, infidelity, infidelity_perturb_func_decorator, sensitivity_max
+
+__all__ = [
+    "Confidence",
+    "Metric",
+    "PointingGame",
+    "Similarities",
+    "average_drop",
+    "box_iou",
+    "confidence",
+    "energy_pointing_game",
+    "equivariance",
+    "explain_func",
+    "increase_in_confidence",
+    "infidelity",
+    "infidelity_perturb_func_decorator",
+    "loc_delta",
+    "localization_accuracy",
+    "map_boxes",
+    "model_randomization",
+    "pointing_game",
+    "quantus_metric",
+    "sensitivity_max",
+    "win_rate",
+]
