@@ -48,8 +48,8 @@ class Explainer:
             found = found[:, None]
         if found.dim() != 4 or len(found) != len(images):
             raise ValueError(
-                f"The method must return maps (N, C, H, W) or (N, H, W) of {len(images)} images, but its result has the "
-                f"shape {tuple(found.shape)}."
+                f"The method must return maps (N, C, H, W) or (N, H, W) of {len(images)} images, but its result has "
+                f"the shape {tuple(found.shape)}."
             )
         maps = found.detach().double()
         if tuple(maps.shape[2:]) != self.size:

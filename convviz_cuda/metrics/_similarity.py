@@ -23,7 +23,8 @@ DEFAULT = ("spearman", "ssim", "topk_iou")
 class Similarities(Result):
     """How alike maps of N images stayed, for each of R steps: values of a transformation, or layers.
 
-    name: the metric's.  steps: the R.  values: for each similarity (R, N) float64 on the CPU, NaN where it is not defined.
+    name: the metric's.  steps: the R.  values: for each similarity (R, N) float64 on the CPU, NaN where it is not
+        defined.
     settings: plain values.
     """
 

@@ -1,7 +1,7 @@
 """How a class's score changes when only what a map marks is shown: average drop, increase and win rate.
 
-Source: Chattopadhyay, Sarkar, Howlader & Balasubramanian, "Grad-CAM++" (WACV 2018), section 4.1: the explanation map times
-the image, and the model's confidence in the class for it.
+Source: Chattopadhyay, Sarkar, Howlader & Balasubramanian, "Grad-CAM++" (WACV 2018), section 4.1: the explanation map
+times the image, and the model's confidence in the class for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PRESETS = {"gradcampp2018": {"score": "softmax", "normalise": "minmax"}}
 def normalised(maps: Tensor, how: str | None) -> Tensor:
     """Maps (N, H, W) brought to [0, 1], each by itself.
 
-    how: "minmax": less the map's minimum, divided by what is then its maximum; "max": what is below 0 becomes 0, divided
-    by the maximum; None: as they are. A map that leaves nothing above 0 becomes 0.
+    how: "minmax": less the map's minimum, divided by what is then its maximum; "max": what is below 0 becomes 0,
+    divided by the maximum; None: as they are. A map that leaves nothing above 0 becomes 0.
     """
     if how not in NORMALISE:
         raise ValueError(f"normalise must be one of {', '.join(map(repr, NORMALISE))}, but it is {how!r}.")
@@ -111,7 +111,8 @@ def confidence(
         batch_size: images in one forward; None: a number for the device. The result does not depend on it.
         show_progress: count the images on stderr, with the time left.
 
-    What is hidden becomes 0, in the space of the model's input: for a normalised input that is the mean colour, not black.
+    What is hidden becomes 0, in the space of the model's input: for a normalised input that is the mean colour, not
+    black.
 
     Raises TypeError or ValueError for images, maps and settings that do not fit, or a preset that other settings
     contradict; AssertionError and IndexError for targets that do not fit the output.
@@ -161,8 +162,8 @@ def average_drop(
     """By how many percent the score falls when each pixel is shown as far as the map marks it: less is better.
 
     ``100 * max(0, Y - O) / Y`` of each image, with Y the score of the image and O that of the map times the image; the
-    published number is the mean. Arguments as of :func:`confidence`, ``maps`` of one method. NaN where Y is not above 0,
-    which a probability is.
+    published number is the mean. Arguments as of :func:`confidence`, ``maps`` of one method. NaN where Y is not above
+    0, which a probability is.
     """
     return confidence(model, images, {"maps": maps}, target, *args, **kwargs).average_drop("maps")
 

@@ -27,8 +27,8 @@ PRESETS = {"ebp2016": {"tolerance": 15, "per_class": True}}
 class PointingGame(Metric):
     """Hits (1.0) and misses (0.0) of each image.
 
-    labels: the images' classes, if they were given.  per_class: the accuracy of each class; its mean over the classes is
-    :attr:`mean` then, else that over the images.
+    labels: the images' classes, if they were given.  per_class: the accuracy of each class; its mean over the classes
+    is :attr:`mean` then, else that over the images.
     """
 
     labels: list[Any] | None = None
@@ -173,19 +173,19 @@ def localization_accuracy(
 ) -> Metric:
     """1.0 where the box found for an image and the object's have an intersection over union of at least ``threshold``.
 
-    Source: the localisation task of ILSVRC (Russakovsky et al. 2015), for a box of a given class. Of several objects the
-    one that fits best counts.
+    Source: the localisation task of ILSVRC (Russakovsky et al. 2015), for a box of a given class. Of several objects
+    the one that fits best counts.
 
     Args:
-        predicted: boxes (N, 4), or maps (N, H, W) or (N, 1, H, W): of these the tight box around the largest 8-connected
-            component of what is at least ``map_threshold`` of the maximum, as Grad-CAM has it. A box without area, which
-            a map without anything positive gives, is a miss.
+        predicted: boxes (N, 4), or maps (N, H, W) or (N, 1, H, W): of these the tight box around the largest
+            8-connected component of what is at least ``map_threshold`` of the maximum, as Grad-CAM has it. A box
+            without area, which a map without anything positive gives, is a miss.
         truth: boxes (N, 4), or a list of N tensors of boxes (K, 4).
         threshold: from 0 to 1.
         map_threshold: share of the map's maximum (Grad-CAM: 0.15, CAM: 0.2). Maps are not min-max normalised before.
 
-    Raises ValueError for an object's box without area or an image without one, and for shares not from 0 to 1; TypeError
-    for what are no boxes.
+    Raises ValueError for an object's box without area or an image without one, and for shares not from 0 to 1;
+    TypeError for what are no boxes.
     """
     _check_share("threshold", threshold)
     _check_share("map_threshold", map_threshold)
@@ -204,7 +204,8 @@ def localization_accuracy(
 
 
 def map_boxes(maps: Tensor, share: float = 0.15) -> Tensor:
-    """The tight box (N, 4), int64, around the largest 8-connected component of what is at least ``share`` of the maximum.
+    """The tight box (N, 4), int64, around the largest 8-connected component of what is at least ``share`` of the
+    maximum.
 
     Of components of one size the first in reading order counts. A map without anything above 0 gives 0, 0, 0, 0.
     """

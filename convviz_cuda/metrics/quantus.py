@@ -27,8 +27,8 @@ def explain_func(
     """A function with the call shape of Quantus's ``explain_func`` that explains by one of our methods.
 
     Args:
-        method: gives the method of a model: a class of :mod:`convviz_cuda.attr`, for instance, or a function of the model
-            that names layers by their names.
+        method: gives the method of a model: a class of :mod:`convviz_cuda.attr`, for instance, or a function of the
+            model that names layers by their names.
         batch_size: images in one call of the method; None: a number for the device.
         options: passed on to the method's ``attribute``.
 
@@ -86,8 +86,8 @@ def quantus_metric(
     """What a Quantus metric says about our maps.
 
     Args:
-        metric: a metric of Quantus, an object that is called with ``model``, ``x_batch``, ``y_batch``, ``a_batch``, ...;
-            with ``return_aggregate=False``, because there has to be a value for each image.
+        metric: a metric of Quantus, an object that is called with ``model``, ``x_batch``, ``y_batch``, ``a_batch``,
+            ...; with ``return_aggregate=False``, because there has to be a value for each image.
         model: the classifier. Its modes, gradients and values are as before afterwards.
         images: (N, C, H, W), float.
         maps: (N, C, H, W), (N, 1, H, W) or (N, H, W); None: the metric explains itself, by ``method``.
@@ -131,9 +131,10 @@ def quantus_metric(
     except (TypeError, ValueError):
         values = torch.zeros(0)
     if len(values) != len(images):
+        found = repr(scores)[:200]
         raise ValueError(
-            f"{type(metric).__name__} must give a number for each of {len(images)} images, but it gave {scores!r:.200}: "
-            "ask it for scores per sample, without an aggregate."
+            f"{type(metric).__name__} must give a number for each of {len(images)} images, but it gave {found}. "
+            "Ask it for scores per sample, without an aggregate."
         )
     settings = {
         "library": "quantus",

@@ -51,14 +51,16 @@ def model_randomization(
 
     Args:
         model: is copied; it is neither changed nor run itself.
-        method: gives the method of a model: a class of :mod:`convviz_cuda.attr`, for instance, or a function of the model
-            that names layers by their names. What it gives has ``attribute(inputs, target=...)`` or is called so.
+        method: gives the method of a model: a class of :mod:`convviz_cuda.attr`, for instance, or a function of the
+            model that names layers by their names. What it gives has ``attribute(inputs, target=...)`` or is called
+            so.
         images: (N, C, H, W), float.
         target: the class of each image, with the attribution methods' meanings; None: the one that the model itself
             predicts, under random weights too.
         layers: modules or names, in any order; None: all with parameters of their own that run, by the order of their
             last runs.
-        mode: "cascading": from the top down, each layer in addition to those above it; "independent": one layer at a time.
+        mode: "cascading": from the top down, each layer in addition to those above it; "independent": one layer at a
+            time.
         seed: of the weights. Those of a layer depend on this number and the layer's place in the model only, not on the
             mode, the other layers, or PyTorch's random state, which stays as it is.
         similarity: of "spearman", "ssim" and "topk_iou".

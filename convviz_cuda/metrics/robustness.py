@@ -145,14 +145,14 @@ def sensitivity_max(
             sample's number, not on the batches; PyTorch's random state stays as it is.
         return_metric: give a :class:`Metric` with the settings instead of the tensor.
         show_progress: count the samples on stderr, with the time left.
-        kwargs: passed on to ``explanation_func``; a ``target``, ``additional_forward_args`` and ``baselines`` that belong
-            to single examples are repeated with them.
+        kwargs: passed on to ``explanation_func``; a ``target``, ``additional_forward_args`` and ``baselines`` that
+            belong to single examples are repeated with them.
 
     Returns:
         ``(N,)``, in the explanation's dtype, float32 at least.
 
-    Raises AssertionError for inputs that are no tensors, ValueError for counts below 1 and an unknown norm, and whatever
-    the functions raise.
+    Raises AssertionError for inputs that are no tensors, ValueError for counts below 1 and an unknown norm, and
+    whatever the functions raise.
     """
     tensors = tuple(x.detach() for x in as_tuple(inputs))
     single, count = not isinstance(inputs, tuple), len(tensors[0])
@@ -247,8 +247,8 @@ def infidelity(
 
     Args:
         forward_func: a model or any callable that returns scores.
-        perturb_func: gives (perturbations, perturbed inputs) from the inputs, in which each example stands several times
-            in a row, and from the baselines if there are any. See :func:`infidelity_perturb_func_decorator`.
+        perturb_func: gives (perturbations, perturbed inputs) from the inputs, in which each example stands several
+            times in a row, and from the baselines if there are any. See :func:`infidelity_perturb_func_decorator`.
         inputs: a tensor ``(N, ...)`` or a tuple of them.  attributions: in their shapes.
         baselines: a number, tensor or tuple of these, passed on to ``perturb_func``; tensors with more than one row are
             repeated with the inputs.
@@ -257,8 +257,8 @@ def infidelity(
         n_perturb_samples: samples of each example.
         max_examples_per_batch: rows perturbed and evaluated together, at least the N. None: all are perturbed in one
             call, and as many evaluated at a time as the device takes well.
-        normalize: scale the attributions by the factor, one for each example, that makes the error least, so that it does
-            not depend on their scale.
+        normalize: scale the attributions by the factor, one for each example, that makes the error least, so that it
+            does not depend on their scale.
         return_metric: give a :class:`Metric` with the settings instead of the tensor.
         show_progress: count the samples on stderr, with the time left.
 
@@ -416,8 +416,8 @@ def equivariance(
     pixels of the image alone.
 
     Args:
-        method: an object with ``attribute(inputs, target=..., ...)`` or a function called so, that gives maps (N, C, H, W)
-            or (N, H, W); other sizes are upsampled bilinearly, channels are summed.
+        method: an object with ``attribute(inputs, target=..., ...)`` or a function called so, that gives maps (N, C,
+            H, W) or (N, H, W); other sizes are upsampled bilinearly, channels are summed.
         images: (N, C, H, W), float.
         transform: "noise", Gaussian, which leaves pixels where they are, so that T(A(x)) is A(x); "rotation" about the
             centre, counter-clockwise; "translation".
