@@ -128,7 +128,7 @@ def topk_iou(a: Tensor, b: Tensor, valid: Tensor, top: float = 0.1) -> Tensor:
     strongest, constant = [], []
     for one in (a, b):
         flat = one[:, valid]
-        order = flat.argsort(1, descending=True, stable=True)[:, :count]
+        order = flat.argsort(dim=1, descending=True, stable=True)[:, :count]
         strongest.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True))
         constant.append((flat == flat[:, :1]).all(1))
     first, second = strongest
