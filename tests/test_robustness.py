@@ -93,6 +93,14 @@ def test_sensitivity_of_several_inputs_and_baselines() -> None:
     found = metrics.sensitivity_max(explain, xs, wobble, n_perturb_samples=3, **options)
     expected = captum.metrics.sensitivity_max(explain, xs, wobble, n_perturb_samples=3, **options)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    lone = {
+        "target": 1,
+        "n_perturb_samples": 3,
+    }  # a tuple of one: the perturbation gets a tensor, as from Captum
+    explain = attr.Saliency(lambda x: model(x, xs[1].repeat_interleave(len(x) // 3, 0))).attribute
+    found = metrics.sensitivity_max(explain, xs[:1], lambda x: wobble(x) * (x.dim() == 2), **lone)
+    expected = captum.metrics.sensitivity_max(explain, xs[:1], wobble, **lone)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     zero = metrics.sensitivity_max(lambda x: x * 0, xs[0])
     assert zero.tolist() == [0, 0, 0]
     # |x + d - x| by hand where the explanation of x is zero: not divided.
@@ -132,6 +140,8 @@ def test_default_perturbation_is_seeded_and_in_the_ball() -> None:
     assert (
         len({row.sum().item() for row in drawn}) == 24
     )  # each sample of each example has numbers of its own
+    whole_numbers = metrics.sensitivity_max(lambda v: v.double(), torch.full((2, 900), 3), perturb_radius=0.6)
+    assert whole_numbers.tolist() == pytest.approx([0.6 / math.sqrt(3) / 3] * 2, rel=0.1)
     large = metrics.sensitivity_max(explain, images(4), perturb_radius=1.0, target=1)
     assert (large > metrics.sensitivity_max(explain, images(4), perturb_radius=0.001, target=1)).all()
 

@@ -150,7 +150,7 @@ def quantus_metric(
 def _array(tensor: Tensor) -> np.ndarray:
     """A copy, because Quantus normalises in place."""
     tensor = tensor.detach().cpu()
-    return np.array(tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor)
+    return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy().copy()
 
 
 def _recorded(name: str) -> bool:

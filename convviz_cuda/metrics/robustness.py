@@ -42,9 +42,13 @@ def _normal(like: Tensor, items: Tensor, seed: int) -> Tensor:
 
 def _in_ball(inputs: tuple[Tensor, ...], radius: float, items: Tensor, seed: int) -> tuple[Tensor, ...]:
     return tuple(
-        (x + _uniform(x, items, which, seed).mul_(2 * radius).sub_(radius).to(x)).to(x.dtype)
+        x + _uniform(x, items, which, seed).mul_(2 * radius).sub_(radius).to(_floating(x))
         for which, x in enumerate(inputs)
     )
+
+
+def _floating(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else torch.get_default_dtype()
 
 
 def default_perturb_func(inputs: Inputs, perturb_radius: float = 0.02) -> tuple[Tensor, ...]:
@@ -190,7 +194,7 @@ def sensitivity_max(
             items = (sample * 2**32 + place).flatten()
             return _in_ball(repeated, perturb_radius, items, perturb_seed)
         takes = len(inspect.signature(perturb_func).parameters)
-        given = _unwrapped(repeated, single)
+        given = _unwrapped(repeated, len(repeated) == 1)
         return as_tuple(perturb_func(given, perturb_radius) if takes > 1 else perturb_func(given))
 
     if count:
