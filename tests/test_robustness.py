@@ -93,13 +93,11 @@ def test_sensitivity_of_several_inputs_and_baselines() -> None:
     found = metrics.sensitivity_max(explain, xs, wobble, n_perturb_samples=3, **options)
     expected = captum.metrics.sensitivity_max(explain, xs, wobble, n_perturb_samples=3, **options)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    lone = {
-        "target": 1,
-        "n_perturb_samples": 3,
-    }  # a tuple of one: the perturbation gets a tensor, as from Captum
+    # A tuple of one: the perturbation gets a tensor, as from Captum.
+    lone = {"target": 1, "n_perturb_samples": 3}
     explain = attr.Saliency(lambda x: model(x, xs[1].repeat_interleave(len(x) // 3, 0))).attribute
     found = metrics.sensitivity_max(explain, xs[:1], lambda x: wobble(x) * (x.dim() == 2), **lone)
-    expected = captum.metrics.sensitivity_max(explain, xs[:1], wobble, **lone)
+    expected = captum.metrics.sensitivity_max(explain, xs[:1], wobble_alone, **lone)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     zero = metrics.sensitivity_max(lambda x: x * 0, xs[0])
     assert zero.tolist() == [0, 0, 0]
