@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
@@ -224,3 +225,27 @@ def test_low_precision_and_layouts() -> None:
     torch.testing.assert_close(turned, plain, rtol=1e-4, atol=1e-3)
     low = metrics.average_drop(model.bfloat16(), x.bfloat16(), maps.bfloat16(), 1).values
     torch.testing.assert_close(low, plain, rtol=0.05, atol=1.0)
+
+
+def test_equals_torch_cam() -> None:
+    """Its definition is the same, but for an epsilon of 1e-7 below the fraction."""
+    reason = "torch-cam is not installed: its metric is not compared with"
+    peer = pytest.importorskip("torchcam.metrics", reason=reason)
+    net, x = built(Plain), images(6)
+    maps = torch.rand(6, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+
+    class Extractor:
+        model = net
+
+        def __call__(self, *_: object, **__: object) -> list[Tensor]:
+            return [(maps - low) / (high - low)]
+
+        fuse_cams = staticmethod(lambda cams: cams[0])
+        _hooks_off = staticmethod(contextlib.nullcontext)
+
+    metric = peer.ClassificationMetric(Extractor(), lambda scores: scores.softmax(1))
+    metric.update(x)
+    expected = metric.summary()
+    assert metrics.average_drop(net, x, maps).mean == pytest.approx(100 * expected["avg_drop"], rel=1e-5)
+    assert metrics.increase_in_confidence(net, x, maps).mean == pytest.approx(100 * expected["conf_increase"])

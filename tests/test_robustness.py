@@ -408,6 +408,15 @@ def test_methods_of_the_library_and_targets() -> None:
     assert found.metric("ssim").values.shape == (3,)
 
 
+def test_a_method_may_change_its_images() -> None:
+    x = smooth_images()
+    pixels = x.clone()
+    found = metrics.equivariance(lambda v: v.mul_(2).sum(1), x, "translation", [3])
+    assert torch.equal(x, pixels)
+    expected = metrics.equivariance(lambda v: v.sum(1), x, "translation", [3])
+    torch.testing.assert_close(found.values, expected.values)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
