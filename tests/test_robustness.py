@@ -461,3 +461,32 @@ def test_several_threads() -> None:
     for thread in threads:
         thread.join()
     assert found == [True] * 4
+
+
+def test_progress_and_callers_contexts(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = built(Plain, dtype=torch.float32), images(2, 16, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    explain = attr.Saliency(model)
+    expected = metrics.sensitivity_max(explain.attribute, x, target=1)
+    assert capsys.readouterr().err == ""
+    with torch.no_grad():
+        found = metrics.sensitivity_max(explain.attribute, x, target=1, show_progress=True)
+        metrics.infidelity(model, both, x, x, target=1, show_progress=True)
+        metrics.equivariance(explain, x, "rotation", [5], target=1, show_progress=True)
+        metrics.model_randomization(model, attr.Saliency, x, 1, show_progress=True)
+        metrics.average_drop(model, x, x.sum(1), show_progress=True)
+    assert torch.equal(found, expected)
+    lines = capsys.readouterr().err.splitlines()
+    names = ["sensitivity: 20/20 samples", "infidelity: 20/20 samples", "equivariance: 4/4 maps"]
+    names += ["model randomisation: 8/8 maps", "confidence: 4/4 images"]
+    assert [line.split(" in ")[0] for line in lines] == names
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        metrics.sensitivity_max(explain.attribute, last, target=1), expected, rtol=1e-3, atol=0
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        low = metrics.sensitivity_max(explain.attribute, x, target=1, perturb_radius=0.5)
+    assert low.dtype == torch.float32 and low.isfinite().all()
+    half = metrics.sensitivity_max(attr.Saliency(model.bfloat16()).attribute, x.bfloat16(), target=1)
+    assert half.dtype == torch.float32 and half.isfinite().all()
