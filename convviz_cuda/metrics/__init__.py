@@ -11,7 +11,6 @@ from .pointing import (
     energy_pointing_game,
     loc_delta,
     localization_accuracy,
-    map_boxes,
     pointing_game,
 )
 from .quantus import explain_func, quantus_metric
@@ -34,7 +33,6 @@ __all__ = [
     "infidelity_perturb_func_decorator",
     "loc_delta",
     "localization_accuracy",
-    "map_boxes",
     "model_randomization",
     "pointing_game",
     "quantus_metric",

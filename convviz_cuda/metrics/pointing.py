@@ -169,7 +169,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def localization_accuracy(
-    predicted: Tensor, truth: Truth, threshold: float = 0.5, *, map_threshold: float = 0.15
+    predicted: Any, truth: Truth, threshold: float = 0.5, *, rule: Any = "gradcam15"
 ) -> Metric:
     """1.0 where the box found for an image and the object's have an intersection over union of at least ``threshold``.
 
@@ -177,22 +177,26 @@ def localization_accuracy(
     the one that fits best counts.
 
     Args:
-        predicted: boxes (N, 4), or maps (N, H, W) or (N, 1, H, W): of these the tight box around the largest
-            8-connected component of what is at least ``map_threshold`` of the maximum, as Grad-CAM has it. A box
-            without area, which a map without anything positive gives, is a miss.
+        predicted: boxes (N, 4); what :func:`convviz_cuda.localization.localize` gave; or maps (N, H, W) or
+            (N, 1, H, W), which it is called with. A box without area, which a map without anything positive gives, is a
+            miss.
         truth: boxes (N, 4), or a list of N tensors of boxes (K, 4).
         threshold: from 0 to 1.
-        map_threshold: share of the map's maximum (Grad-CAM: 0.15, CAM: 0.2). Maps are not min-max normalised before.
+        rule: how a map becomes a box, if maps are given: "gradcam15", "cam20" or a share of the maximum. A graph cut
+            needs the images: call ``localize`` with them.
 
     Raises ValueError for an object's box without area or an image without one, and for shares not from 0 to 1;
-    TypeError for what are no boxes.
+    TypeError for what are no boxes; ImportError for maps where SciPy is not installed.
     """
     _check_share("threshold", threshold)
-    _check_share("map_threshold", map_threshold)
-    settings: dict[str, Any] = {"threshold": float(threshold), "boxes": "given"}
+    settings: dict[str, Any] = {"threshold": float(threshold), "localization": "given boxes"}
     if isinstance(predicted, Tensor) and predicted.dim() > 2:
-        settings.update(boxes="largest 8-connected component", map_threshold=float(map_threshold))
-        predicted = map_boxes(predicted, map_threshold)
+        from ..localization import localize  # which imports this package
+
+        predicted = localize(predicted, rule)
+    if not isinstance(predicted, Tensor) and isinstance(getattr(predicted, "boxes", None), Tensor):
+        settings["localization"] = dict(predicted.settings)
+        predicted = predicted.boxes
     found = _boxes("predicted", predicted)
     if found.dim() != 2:
         raise ValueError(f"predicted must be boxes (N, 4) or maps, but its shape is {tuple(found.shape)}.")
@@ -201,44 +205,6 @@ def localization_accuracy(
     iou = torch.tensor(best, dtype=torch.float64)
     hits = (iou >= threshold) & (found[:, 2:] > found[:, :2]).all(1).cpu()
     return Metric("localization_accuracy", hits.double(), settings)
-
-
-def map_boxes(maps: Tensor, share: float = 0.15) -> Tensor:
-    """The tight box (N, 4), int64, around the largest 8-connected component of what is at least ``share`` of the
-    maximum.
-
-    Of components of one size the first in reading order counts. A map without anything above 0 gives 0, 0, 0, 0.
-    """
-    _check_share("share", share)
-    maps = check_maps(maps, _size(maps))
-    boxes = torch.zeros((len(maps), 4), dtype=torch.int64)
-    for place, one in enumerate(maps.cpu()):
-        largest = float(one.max()) if one.numel() else 0.0
-        if largest > 0:
-            part = _largest_component((one >= share * largest) & (one > 0))
-            rows, columns = part.any(1).nonzero()[:, 0], part.any(0).nonzero()[:, 0]
-            boxes[place] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    return boxes.to(maps.device)
-
-
-def _largest_component(marked: Tensor) -> Tensor:
-    """Labels spread to the 8 neighbours, the smallest wins, with pointers that jump; no other package is needed."""
-    count = marked.numel()
-    labels = torch.arange(count).view_as(marked)
-    outside = torch.full_like(labels, count)
-    labels = torch.where(marked, labels, outside)
-    while True:
-        padded = torch.nn.functional.pad(labels, (1, 1, 1, 1), value=count)
-        smallest = padded.unfold(0, 3, 1).unfold(1, 3, 1).amin((2, 3))
-        smallest = torch.where(marked, smallest, outside)
-        # A label is a pixel's number: what that pixel is labelled with by now is this one's too.
-        jumped = torch.cat([smallest.flatten(), outside.flatten()[:1]])
-        jumped = jumped[smallest.flatten()].view_as(labels)
-        if torch.equal(jumped, labels):
-            break
-        labels = jumped
-    sizes = torch.bincount(labels[marked], minlength=count)
-    return labels == int((sizes == sizes.max()).nonzero()[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
