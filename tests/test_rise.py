@@ -561,8 +561,8 @@ def test_what_cannot_be_drawn() -> None:
     model = lambda x: x.mean((2, 3))  # noqa: E731
     with pytest.raises(ValueError, match="p must be at least"):
         RISE(model).attribute(torch.rand(1, 3, 8, 8), 0, p=1e-11)
-    with pytest.raises(ValueError, match="at most a cell a pixel of 8 x 8"):
-        RISE(model).attribute(torch.rand(1, 3, 8, 8), 0, grid=9)
+    with pytest.raises(ValueError, match="at most 1024 cells a side"):
+        RISE(model).attribute(torch.rand(1, 3, 8, 8), 0, grid=(7, 1025))
 
 
 def test_masks_are_the_same_in_any_portions(monkeypatch: pytest.MonkeyPatch) -> None:

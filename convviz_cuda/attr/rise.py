@@ -18,6 +18,7 @@ from ._inputs import Inputs, Target, as_tuple, extra_args, target_list
 from ._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image, sampled
 
 Score = Literal["softmax", "output"]
+MOST_CELLS = 1024  # beyond any use: words and matrices grow with their product
 DRAWN = 1 << 15  # masks whose random words are there together
 SUM_BYTES = 1 << 26  # of what the sum of masks holds at once
 
@@ -233,10 +234,8 @@ class RISE:
         if score not in ("softmax", "output"):
             raise ValueError(f"score must be 'softmax' or 'output', but it is {score!r}.")
         count, _, height, width = images.shape
-        if images.numel() and (grid[0] > height or grid[1] > width):
-            raise ValueError(
-                f"grid must have at most a cell a pixel of {height} x {width}, but it is {grid}."
-            )
+        if max(grid) > MOST_CELLS:
+            raise ValueError(f"grid must have at most {MOST_CELLS} cells a side, but it is {grid}.")
         wanted = targets()
         each = None if wanted is None else [of_each_image(target, count) for target in wanted]
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32

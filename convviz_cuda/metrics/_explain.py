@@ -1,0 +1,83 @@
+"""Maps of any method for some images at a time, brought to the images' size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attr._gradient import EXAMPLES
+from ..attr._inputs import Target, extra_args
+from ..attr._masked_images import args_of_each_image, of_each_image
+
+
+class Explainer:
+    """What calls a method for the images of some numbers.
+
+    method: an object with ``attribute(inputs, target=..., ...)`` or a function called so.
+    target, additional_forward_args: of all images; those of the numbers asked for go with them, and are left out where
+    they are None.
+    kwargs: passed on as they are.
+    """
+
+    def __init__(
+        self, target: Target, additional_forward_args: Any, kwargs: dict[str, Any], count: int, size: Any
+    ) -> None:
+        self.each, self.none = of_each_image(target, count), target is None
+        self.args, self.kwargs, self.count, self.size = additional_forward_args, kwargs, count, tuple(size)
+
+    def __call__(self, method: Any, images: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """(n, H, W) float64 twice: the channels' sum, and the sum of their magnitudes; of images from ``start`` on."""
+        numbers = range(start, start + len(images))
+        given = dict(self.kwargs)
+        if not self.none:
+            given["target"] = self.each(numbers)
+        if self.args is not None:
+            image = torch.arange(numbers.start, numbers.stop)
+            given["additional_forward_args"] = args_of_each_image(extra_args(self.args), image, self.count)
+        found = getattr(method, "attribute", method)(images.clone(), **given)
+        found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            raise TypeError(
+                f"The method must return a tensor of floats, but it returned {type(found).__name__}."
+            )
+        if found.dim() == 3:
+            found = found[:, None]
+        if found.dim() != 4 or len(found) != len(images):
+            raise ValueError(
+                f"The method must return maps (N, C, H, W) or (N, H, W) of {len(images)} images, but its result has "
+                f"the shape {tuple(found.shape)}."
+            )
+        maps = found.detach().double()
+        if tuple(maps.shape[2:]) != self.size:
+            maps = F.interpolate(maps, self.size, mode="bilinear", align_corners=False)
+        return maps.sum(1), maps.abs().sum(1)
+
+
+def check_method(name: str, method: Any) -> None:
+    if not callable(getattr(method, "attribute", method)):
+        raise TypeError(f"{name} must be callable or have a method attribute, but it is {method!r}.")
+
+
+def examples(device: torch.device, batch_size: int | None) -> int:
+    """How many images go through a method at once."""
+    return batch_size or EXAMPLES.get(device.type, EXAMPLES["cuda"])
+
+
+def predicted(model: Callable[..., Any], images: Tensor, args: Any, batch_size: int) -> list[int]:
+    """The class of the largest score of each image."""
+    classes: list[int] = []
+    with torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            image = torch.arange(start, start + len(part))
+            output = model(part.clone(), *args_of_each_image(extra_args(args), image, len(images)))
+            if not isinstance(output, Tensor) or output.dim() != 2:
+                raise ValueError(
+                    "target=None needs a model that gives class scores (N, classes): name the target."
+                )
+            classes += output.argmax(1).tolist()
+    return classes

@@ -1,0 +1,154 @@
+"""The adapter to Quantus: its call shape by a stand-in, and the library itself where it is installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from attribution_cases import Plain, built, images, state
+from torch import nn
+
+from convviz_cuda import attr, metrics
+
+
+@pytest.fixture(scope="module")
+def quantus():
+    return pytest.importorskip(
+        "quantus", reason="Quantus is not installed: the adapter is not run against it"
+    )
+
+
+def grad_cam(model: nn.Module) -> attr.LayerGradCam:
+    return attr.LayerGradCam(model, "features.1")
+
+
+def test_explain_func_has_quantus_call_shape() -> None:
+    model, x = built(Plain, dtype=torch.float32), images(5, dtype=torch.float32)
+    classes = np.array([0, 4, 2, 1, 3])
+    expected = attr.InputXGradient(model).attribute(x, classes.tolist()).numpy()
+    for size in (None, 2):
+        explain = metrics.explain_func(attr.InputXGradient, batch_size=size)
+        found = explain(model=model, inputs=x.numpy(), targets=classes, device="cpu")
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    cams = metrics.explain_func(grad_cam, relu_attributions=True)(model, x, torch.from_numpy(classes))
+    assert cams.shape == (5, 1, 12, 12) and cams.min() == 0
+    signed = metrics.explain_func(attr.Saliency)(model, x.numpy(), classes, abs=False, method="Saliency")
+    assert signed.min() < 0  # what is asked for at the call reaches the method
+    double = metrics.explain_func(attr.Saliency)(model.double(), x.numpy(), classes)
+    assert double.dtype == np.float64
+    low = metrics.explain_func(attr.Saliency)(model.bfloat16(), x.numpy(), classes)
+    assert low.dtype == np.float32
+
+
+def test_explain_func_leaves_nothing_behind() -> None:
+    model, x = built(Plain), images()
+    before, pixels = state(model), x.clone()
+    metrics.explain_func(attr.GuidedBackprop)(model, x.numpy(), [1, 2, 0])
+    assert state(model) == before and torch.equal(x, pixels)
+    with pytest.raises(ValueError, match="each of 3 images"):
+        metrics.explain_func(attr.Saliency)(model, x, [1])
+    with pytest.raises(TypeError, match="method must"):
+        metrics.explain_func("Saliency")
+    with pytest.raises(AssertionError, match="Module"):
+        metrics.explain_func(attr.Saliency)(lambda v: v, x, [1, 2, 0])
+
+
+class StandIn:
+    """What the adapter knows of a metric of Quantus: its call."""
+
+    def __init__(self, fails: bool = False, aggregate: bool = False) -> None:
+        self.normalise, self.fails, self.return_aggregate = True, fails, aggregate
+        self.evaluation_scores: list[float] = []
+        self.given: dict = {}
+
+    def __call__(self, model, x_batch, y_batch, a_batch, s_batch, channel_first, device, **kwargs):
+        self.given = dict(x=x_batch, y=y_batch, a=a_batch, s=s_batch, first=channel_first, **kwargs)
+        model.train()
+        a = (
+            kwargs["explain_func"](model=model, inputs=x_batch, targets=y_batch)
+            if a_batch is None
+            else a_batch
+        )
+        a /= np.abs(a).max()
+        if self.fails:
+            raise RuntimeError("broken")
+        scores = (a.reshape(len(a), -1).sum(1) + np.random.rand(len(a))).tolist()
+        return [np.mean(scores)] if self.return_aggregate else scores
+
+
+def test_a_metric_takes_our_maps() -> None:
+    model, x = built(Plain), images()
+    maps = attr.Saliency(model).attribute(x, 1)
+    kept, before = maps.clone(), state(model)
+    np.random.seed(3)
+    random = np.random.get_state()[1].copy()
+    metric = StandIn()
+    found = metrics.quantus_metric(metric, model, x, maps.sum(1), 1, masks=maps.sum(1) > 0, softmax=True)
+    assert metric.given["x"].shape == (3, 3, 12, 12) and metric.given["y"].tolist() == [1, 1, 1]
+    assert metric.given["a"].shape == metric.given["s"].shape == (3, 1, 12, 12)
+    assert metric.given["first"] is True and metric.given["softmax"] is True
+    assert found.name == "StandIn" and found.values.shape == (3,) and found.values.dtype == torch.float64
+    again = metrics.quantus_metric(StandIn(), model, x, maps.sum(1), [1, 1, 1], masks=maps.sum(1) > 0)
+    assert torch.equal(found.values, again.values)
+    other = metrics.quantus_metric(StandIn(), model, x, maps.sum(1), 1, seed=1)
+    assert not torch.equal(found.values, other.values)
+    assert (np.random.get_state()[1] == random).all()
+    assert torch.equal(maps, kept) and state(model) == before
+    assert found.settings["metric"]["normalise"] is True and found.settings["target"] == [1, 1, 1]
+    json.dumps(found.as_dict(), allow_nan=False)
+    itself = metrics.quantus_metric(StandIn(), model, x, None, 1, method=attr.Saliency)
+    reduced = metrics.quantus_metric(StandIn(), model, x, maps, 1)
+    torch.testing.assert_close(itself.values, reduced.values)
+    with pytest.raises(RuntimeError, match="broken"):
+        metrics.quantus_metric(StandIn(fails=True), model, x, maps, 1)
+    assert state(model) == before and (np.random.get_state()[1] == random).all()
+    with pytest.raises(ValueError, match="each of 3 images"):
+        metrics.quantus_metric(StandIn(aggregate=True), model, x, maps, 1)
+    with pytest.raises(ValueError, match="each of 3 images"):
+        metrics.quantus_metric(StandIn(), model, x, maps, [1, 2])
+
+
+def test_quantus_is_not_imported() -> None:
+    code = "import sys, convviz_cuda.metrics; assert 'quantus' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------------ the library itself
+
+
+def test_its_metrics_on_our_maps(quantus) -> None:
+    model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
+    maps = attr.Saliency(model).attribute(x, 1).sum(1)
+    options = {"disable_warnings": True, "display_progressbar": False}
+    masks = torch.zeros(3, 12, 12, dtype=torch.bool)
+    masks[:, 2:9, 2:9] = True
+    found = metrics.quantus_metric(
+        quantus.RelevanceMassAccuracy(abs=True, normalise=True, **options), model, x, maps, 1, masks=masks
+    )
+    ours = metrics.energy_pointing_game(maps, masks)
+    torch.testing.assert_close(found.values, ours.values, rtol=1e-4, atol=0)
+    pointing = metrics.quantus_metric(quantus.PointingGame(**options), model, x, maps, 1, masks=masks)
+    assert torch.equal(pointing.values, metrics.pointing_game(maps, masks, tolerance=0).values)
+    correlation = quantus.FaithfulnessCorrelation(
+        nr_runs=5, subset_size=20, return_aggregate=False, **options
+    )
+    found = metrics.quantus_metric(correlation, model, x, maps, [0, 1, 2], seed=4)
+    again = metrics.quantus_metric(correlation, model, x, maps, [0, 1, 2], seed=4)
+    assert found.values.isfinite().all() and torch.equal(found.values, again.values)
+
+
+def test_its_metrics_call_our_methods(quantus) -> None:
+    model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
+    metric = quantus.MaxSensitivity(
+        nr_samples=4, lower_bound=0.02, disable_warnings=True, display_progressbar=False
+    )
+    found = metrics.quantus_metric(metric, model, x, None, 1, method=attr.InputXGradient)
+    assert found.values.shape == (3,) and (found.values > 0).all()
+    before = metrics.explain_func(attr.InputXGradient)(model, x, [1] * 3)
+    given = metrics.quantus_metric(metric, model, x, torch.from_numpy(before), 1, method=attr.InputXGradient)
+    torch.testing.assert_close(given.values, found.values)

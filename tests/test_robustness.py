@@ -1,0 +1,492 @@
+"""Max-sensitivity and infidelity against Captum's, equivariance against hand-made methods."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+
+import captum.metrics
+import numpy as np
+import pytest
+import torch
+from attribution_cases import Plain, Reused, built, images, state
+from scipy import stats
+from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+
+from convviz_cuda import attr, metrics
+from convviz_cuda.metrics import _similarity as alike
+
+ABOUT = torch.randn(3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+F64 = torch.float64
+
+
+def wobble(x, radius: float = 0.3):
+    """A perturbation that depends on the row, so that samples differ, and on nothing else."""
+    if isinstance(x, tuple):
+        return tuple(wobble(one, radius) for one in x)
+    row = torch.arange(len(x), dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
+    return x + radius * torch.sin(
+        7 * row + torch.linspace(0, 9, x[0].numel(), dtype=x.dtype).view(x.shape[1:])
+    )
+
+
+def wobble_alone(x):
+    return wobble(x)
+
+
+def both(x, baselines=None):
+    after = wobble(x)
+    if isinstance(x, tuple):
+        return tuple(a - b for a, b in zip(x, after, strict=True)), after
+    return x - after, after
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b = (torch.randn(n, 4, generator=generator, dtype=F64) for n in (6, 5))
+
+    def forward(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        out = torch.tanh(x @ self.a) + (y @ self.b).sin()
+        return out if scale is None else out * scale
+
+
+def pair() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(3, 6, generator=generator, dtype=F64), torch.randn(
+        3, 5, generator=generator, dtype=F64
+    )
+
+
+SENSITIVITY = {
+    "plain": {"target": 2},
+    "targets of each": {"target": [0, 3, 1]},
+    "tensor of targets": {"target": torch.tensor([0, 3, 1]), "n_perturb_samples": 4},
+    "arguments": {"target": [0, 3, 1], "additional_forward_args": (ABOUT, 0.5)},
+    "one norm": {"target": 1, "norm_ord": 1, "perturb_radius": 0.1},
+    "largest norm": {"target": 1, "norm_ord": math.inf},
+    "one sample": {"target": 1, "n_perturb_samples": 1},
+    "one parameter": {"target": 1, "perturb_func": wobble_alone},
+}
+
+
+@pytest.mark.parametrize("most", [None, 1, 3, 7, 1000])
+@pytest.mark.parametrize("case", SENSITIVITY)
+@pytest.mark.filterwarnings("ignore:.*max_examples_per_batch")
+def test_sensitivity_equals_captum(case: str, most: int | None) -> None:
+    options = {"perturb_func": wobble, **SENSITIVITY[case]}
+    explain, x = attr.InputXGradient(built(Reused)).attribute, images()
+    found = metrics.sensitivity_max(explain, x, max_examples_per_batch=most, **options)
+    expected = captum.metrics.sensitivity_max(explain, x, max_examples_per_batch=most, **options)
+    assert found.shape == (3,) and found.dtype == F64 and found.min() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_sensitivity_of_several_inputs_and_baselines() -> None:
+    model, xs = TwoInputs(), pair()
+    explain = attr.IntegratedGradients(model).attribute
+    baselines = tuple(x.flip(0) for x in xs)
+    options = {"target": [0, 1, 2], "baselines": baselines, "n_steps": 8}
+    found = metrics.sensitivity_max(explain, xs, wobble, n_perturb_samples=3, **options)
+    expected = captum.metrics.sensitivity_max(explain, xs, wobble, n_perturb_samples=3, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    # A tuple of one: the perturbation gets a tensor, as from Captum.
+    lone = {"target": 1, "n_perturb_samples": 3}
+    explain = attr.Saliency(lambda x: model(x, xs[1].repeat_interleave(len(x) // 3, 0))).attribute
+    found = metrics.sensitivity_max(explain, xs[:1], lambda x: wobble(x) * (x.dim() == 2), **lone)
+    expected = captum.metrics.sensitivity_max(explain, xs[:1], wobble_alone, **lone)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    zero = metrics.sensitivity_max(lambda x: x * 0, xs[0])
+    assert zero.tolist() == [0, 0, 0]
+    # |x + d - x| by hand where the explanation of x is zero: not divided.
+    step = metrics.sensitivity_max(
+        lambda x: x - xs[0].repeat_interleave(len(x) // 3, 0), xs[0], lambda x: x + 2
+    )
+    assert step.tolist() == pytest.approx([2 * math.sqrt(6)] * 3)
+
+
+def test_default_perturbation_is_seeded_and_in_the_ball() -> None:
+    model, x = built(Plain), images(4)
+    explain = attr.Saliency(model).attribute
+    state_before = torch.random.get_rng_state()
+    whole = metrics.sensitivity_max(explain, x, target=1, n_perturb_samples=6)
+    for most in (4, 9, 1000):
+        again = metrics.sensitivity_max(
+            explain, x, target=1, n_perturb_samples=6, max_examples_per_batch=most
+        )
+        torch.testing.assert_close(again, whole, rtol=1e-9, atol=0)
+    assert not torch.equal(metrics.sensitivity_max(explain, x, target=1, perturb_seed=1), whole)
+    assert torch.equal(torch.random.get_rng_state(), state_before)
+    alone = metrics.sensitivity_max(explain, x[:2], target=1, n_perturb_samples=6)
+    torch.testing.assert_close(alone, whole[:2], rtol=1e-9, atol=0)
+
+    seen = []
+
+    def kept(v: Tensor) -> Tensor:
+        seen.append(v)
+        return v
+
+    x = torch.zeros(3, 1, 30, 30)
+    metrics.sensitivity_max(kept, x, perturb_radius=0.5, n_perturb_samples=8)
+    drawn = torch.cat(seen[1:])
+    assert drawn.shape == (24, 1, 30, 30) and drawn.dtype == torch.float32
+    assert drawn.abs().max() <= 0.5 and drawn.abs().max() > 0.499
+    assert drawn.mean().abs() < 0.01 and abs(drawn.var().item() - 1 / 12) < 0.002
+    assert (
+        len({row.sum().item() for row in drawn}) == 24
+    )  # each sample of each example has numbers of its own
+    whole_numbers = metrics.sensitivity_max(lambda v: v.double(), torch.full((2, 900), 3), perturb_radius=0.6)
+    assert whole_numbers.tolist() == pytest.approx([0.6 / math.sqrt(3) / 3] * 2, rel=0.1)
+    large = metrics.sensitivity_max(explain, images(4), perturb_radius=1.0, target=1)
+    assert (large > metrics.sensitivity_max(explain, images(4), perturb_radius=0.001, target=1)).all()
+
+
+INFIDELITY = {
+    "plain": {"target": 2},
+    "targets of each": {"target": [0, 3, 1]},
+    "tensor of targets": {"target": torch.tensor([0, 3, 1])},
+    "normalised": {"target": 2, "normalize": True},
+    "arguments": {"target": 1, "additional_forward_args": (ABOUT, 0.5)},
+    "one sample": {"target": 1, "n_perturb_samples": 1},
+}
+
+
+@pytest.mark.parametrize("most", [None, 1, 3, 7, 1000])
+@pytest.mark.parametrize("case", INFIDELITY)
+@pytest.mark.filterwarnings("ignore:.*max_examples_per_batch")
+def test_infidelity_equals_captum(case: str, most: int | None) -> None:
+    model, x, options = built(Reused), images(), INFIDELITY[case]
+    maps = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=F64)
+    found = metrics.infidelity(model, both, x, maps, max_examples_per_batch=most, **options)
+    with torch.no_grad():
+        expected = captum.metrics.infidelity(model, both, x, maps, max_examples_per_batch=most, **options)
+    # A single sample can be fitted exactly: then rounding is all that is left.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize("given", ["none", "number", "tensors"])
+def test_infidelity_with_several_inputs_and_baselines(given: str, multiplied: bool) -> None:
+    model, xs = TwoInputs(), pair()
+    baselines = {"none": None, "number": (0.5, 0.25), "tensors": tuple(x.flip(0) for x in xs)}[given]
+    maps = tuple(x.cos() for x in xs)
+
+    def perturbed(x, baselines=None):
+        after = wobble(x)
+        after[0][:, 0] = 0.5 if baselines is None or given == "number" else baselines[0][:, 0]
+        return after
+
+    scale = torch.tensor([[1.0], [2.0], [3.0]], dtype=F64)
+    found, expected = (
+        library.infidelity(
+            model,
+            library.infidelity_perturb_func_decorator(multiplied)(perturbed),
+            xs, maps, baselines, scale, [0, 1, 2], n_perturb_samples=4, max_examples_per_batch=6,
+        )
+        for library in (metrics, captum.metrics)
+    )  # fmt: skip
+    assert found.min() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_infidelity_by_hand() -> None:
+    """A linear function: its gradient has none, another map the squared product with the difference."""
+    weight = torch.tensor([1.0, -2.0, 3.0], dtype=F64)
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+    def shift(v: Tensor) -> tuple[Tensor, Tensor]:
+        d = torch.tensor([0.1, 0.2, -0.4], dtype=F64).expand_as(v)
+        return d, v - d
+
+    right = metrics.infidelity(lambda v: v @ weight, shift, x, weight.expand(2, 3))
+    assert right.tolist() == pytest.approx([0, 0], abs=1e-20)
+    off = torch.stack([weight + 1, weight * 2])
+    found = metrics.infidelity(lambda v: v @ weight, shift, x, off)
+    assert found.tolist() == pytest.approx([(-0.1) ** 2, (0.1 - 0.4 - 1.2) ** 2])
+    scaled = metrics.infidelity(lambda v: v @ weight, shift, x, off, normalize=True)
+    assert scaled[1].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_records_and_empty_batches() -> None:
+    explain, x = attr.Saliency(built(Plain)).attribute, images()
+    as_metric = metrics.sensitivity_max(explain, x, target=1, perturb_radius=0.1, return_metric=True)
+    assert torch.equal(as_metric.values, metrics.sensitivity_max(explain, x, target=1, perturb_radius=0.1))
+    expected = {
+        "perturb_radius": 0.1,
+        "n_perturb_samples": 10,
+        "norm_ord": "fro",
+        "perturb_seed": 0,
+        "target": 1,
+    }
+    assert expected.items() <= as_metric.settings.items()
+    json.dumps(as_metric.as_dict(), allow_nan=False)
+    found = metrics.infidelity(built(Plain), both, x, x, target=1, return_metric=True)
+    assert found.settings["n_perturb_samples"] == 10 and found.settings["normalize"] is False
+    assert metrics.sensitivity_max(explain, x[:0], target=1).shape == (0,)
+    assert metrics.infidelity(built(Plain), both, x[:0], x[:0], target=1).shape == (0,)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    model, x = built(Plain), images()
+    explain = attr.Saliency(model).attribute
+    for name, value in [("n_perturb_samples", 0), ("max_examples_per_batch", 0), ("norm_ord", "nuc")]:
+        with pytest.raises(ValueError, match=name):
+            metrics.sensitivity_max(explain, x, target=1, **{name: value})
+    with pytest.raises(ValueError, match="perturb_radius"):
+        metrics.sensitivity_max(explain, x, target=1, perturb_radius=-1)
+    with pytest.raises(AssertionError, match="matching shapes"):
+        metrics.infidelity(model, both, x, x[:, :1], target=1)
+    with pytest.raises(AssertionError, match="number of tensors"):
+        metrics.infidelity(model, both, x, (x, x), target=1)
+    with pytest.raises(AssertionError, match="Target not provided"):
+        metrics.infidelity(model, both, x, x)
+    with pytest.raises(AssertionError, match="same shape"):
+        metrics.infidelity(model, lambda v: (v[:, :1], v), x, x, target=1)
+    with pytest.raises(IndexError):
+        metrics.infidelity(model, both, x, x, target=77)
+
+
+# ------------------------------------------------------------------------------------------- similarities
+
+
+def test_spearman_equals_scipy_with_ties() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 5, (4, 6, 7), generator=generator).double()
+    b = torch.randint(0, 9, (4, 6, 7), generator=generator).double() + a
+    valid = torch.rand(6, 7, generator=generator) < 0.7
+    found = alike.spearman(a, b, valid)
+    expected = [stats.spearmanr(x[valid], y[valid]).statistic for x, y in zip(a, b, strict=True)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert alike.spearman(a * 0 + 1, b, valid).isnan().all()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_ssim_equals_scikit_image(signed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 17, 15, generator=generator, dtype=F64)
+    b = a + torch.randn(2, 17, 15, generator=generator, dtype=F64)
+    a, b = (a, b) if signed else (a.abs(), b.abs())
+    everything = torch.ones(17, 15, dtype=torch.bool)
+    for n, value in enumerate(alike.ssim(a, b, everything).tolist()):
+        x, y = (one[n].numpy() / np.abs(one[n].numpy()).max() for one in (a, b))
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        span = 2.0 if signed else 1.0
+        assert value == pytest.approx(structural_similarity(x, y, data_range=span, **options))
+        inner = everything.clone()
+        inner[:, 13:] = False  # what is not valid counts nowhere
+        x, y = (one[n].numpy()[:, :13] for one in (a, b))
+        expected = structural_similarity(x / np.abs(x).max(), y / np.abs(y).max(), data_range=span, **options)
+        changed = b.clone()
+        changed[:, :, 13:] = 1e6
+        assert alike.ssim(a, changed, inner)[n].item() == pytest.approx(expected)
+    assert alike.ssim(a, b, everything & (torch.arange(15) < 10)).isnan().all()
+
+
+def test_topk_iou_by_hand() -> None:
+    a = torch.arange(20.0).view(1, 4, 5)
+    b = a.clone()
+    b[0, 3, 4] = -1.0  # of 17, 18, 19 and 16 the largest is gone: 18, 17, 16, 15
+    valid = torch.ones(4, 5, dtype=torch.bool)
+    assert alike.topk_iou(a, b, valid, 0.2).item() == pytest.approx(3 / 5)
+    valid[3, 4] = False
+    assert alike.topk_iou(a, b, valid, 0.2).item() == 1.0
+    assert alike.topk_iou(a * 0, b, valid, 0.2).isnan().all()
+
+
+# ------------------------------------------------------------------------------------------- equivariance
+
+
+def blurred(x: Tensor, **_: object) -> Tensor:
+    """A method that commutes with what moves pixels, but for the border."""
+    return nn.functional.avg_pool2d(x.sum(1, keepdim=True), 3, 1, 1)
+
+
+def anchored(x: Tensor, **_: object) -> Tensor:
+    """One that always points to the same place."""
+    line = torch.linspace(-1, 1, x.shape[2], dtype=x.dtype)
+    return (-(line[:, None] ** 2) - (line - 0.4) ** 2).expand(len(x), -1, -1)
+
+
+def smooth_images() -> Tensor:
+    coarse = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=F64)
+    return nn.functional.interpolate(coarse, (32, 32), mode="bicubic")
+
+
+def test_equivariant_and_anchored_methods() -> None:
+    x = smooth_images()
+    for transform, values in {"translation": [4, (2, -3), (0, 3.5)], "rotation": [90, 10.0]}.items():
+        good = metrics.equivariance(blurred, x, transform, values)
+        bad = metrics.equivariance(anchored, x, transform, values)
+        assert good.values["spearman"].shape == (len(values), 3)
+        for name in ("spearman", "ssim", "topk_iou"):
+            assert good.values[name].min() > 0.7
+            assert (good.values[name] > bad.values[name]).all()
+    # What the method gives is moved, so the identity is exact wherever whole pixels move, on the valid ones.
+    exact = metrics.equivariance(lambda v: v, x, "translation", [5, (-7, 2)], fill=100.0)
+    for name in exact.values:
+        assert exact.values[name].flatten().tolist() == pytest.approx([1.0] * 6)
+
+
+def test_only_valid_pixels_count() -> None:
+    """Rows that a translation brings in are set to a large number: nobody sees them."""
+    x = smooth_images()
+
+    def spoilt(v: Tensor, **_: object) -> Tensor:
+        result = v.sum(1)
+        result[(v == 1e3).all(1)] = -1e6
+        return result
+
+    found = metrics.equivariance(spoilt, x, "translation", [3, (0, -6)], fill=1e3)
+    for values in found.values.values():
+        assert values.flatten().tolist() == pytest.approx([1.0] * 6)
+    away = metrics.equivariance(spoilt, x, "translation", [40])
+    assert all(values.isnan().all() for values in away.values.values())
+
+
+def test_rotation_by_a_right_angle_is_exact() -> None:
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=F64)
+    line = torch.linspace(0, 1, 16, dtype=F64)
+
+    def method(v: Tensor, **_: object) -> Tensor:
+        return v.sum(1) + 3 * line[:, None]  # knows up from down
+
+    found = metrics.equivariance(method, x, "rotation", [90.0]).values["spearman"][0]
+    for n in range(2):
+        turned = torch.rot90(method(x)[n])
+        expected = stats.spearmanr(
+            turned.flatten(), method(torch.rot90(x, dims=(2, 3)))[n].flatten()
+        ).statistic
+        assert found[n].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_noise() -> None:
+    x = smooth_images()
+    values = [0.0, 0.05, 1.0]
+    random = torch.random.get_rng_state()
+    found = metrics.equivariance(blurred, x, "noise", values, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert found.values["spearman"][0].tolist() == pytest.approx([1.0] * 3)
+    means = found.means("spearman")
+    assert means[0] > means[1] > means[2]
+    for size in (1, 2):
+        again = metrics.equivariance(blurred, x, "noise", values, seed=3, batch_size=size)
+        for name in found.values:
+            torch.testing.assert_close(again.values[name], found.values[name], equal_nan=True)
+    assert not torch.equal(
+        metrics.equivariance(blurred, x, "noise", [1.0]).values["ssim"], found.values["ssim"][2:]
+    )
+    seen = []
+    metrics.equivariance(lambda v: seen.append(v) or v, torch.zeros(4, 1, 64, 64), "noise", [2.0])
+    drawn = seen[1]
+    assert abs(drawn.std().item() - 2) < 0.03 and abs(drawn.mean().item()) < 0.05
+    assert len({one.sum().item() for one in drawn}) == 4
+
+
+def test_methods_of_the_library_and_targets() -> None:
+    model, x = built(Plain, dtype=torch.float64), images(3, 16)
+    cam = attr.LayerGradCam(model, model.features[1])
+    before = state(model)
+    seen = []
+
+    class Kept:
+        def attribute(self, inputs: Tensor, target: list[int]) -> Tensor:
+            seen.append(target)
+            return cam.attribute(inputs, target)
+
+    with torch.no_grad():
+        found = metrics.equivariance(
+            Kept(), x, "translation", [2], target=[0, 1, 2], batch_size=2, absolute=True
+        )
+    assert seen == [[0, 1], [0, 1], [2], [2]] and state(model) == before
+    assert found.values["spearman"].shape == (1, 3) and found.settings["absolute"] is True
+    one = found.metric("ssim", 0)
+    assert one.name == "equivariance" and one.settings["steps"] == [(2.0, 0.0)]
+    json.dumps(found.as_dict(), allow_nan=False)
+    assert found.metric("ssim").values.shape == (3,)
+
+
+def test_a_method_may_change_its_images() -> None:
+    x = smooth_images()
+    pixels = x.clone()
+    found = metrics.equivariance(lambda v: v.mul_(2).sum(1), x, "translation", [3])
+    assert torch.equal(x, pixels)
+    expected = metrics.equivariance(lambda v: v.sum(1), x, "translation", [3])
+    torch.testing.assert_close(found.values, expected.values)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ValueError, "transform must", {"transform": "shear"}),
+        (ValueError, "values must", {"values": []}),
+        (ValueError, "values must", {"values": [math.nan]}),
+        (ValueError, "at least 0", {"transform": "noise", "values": [-1.0]}),
+        (ValueError, "similarity must", {"similarity": "mse"}),
+        (ValueError, "top must", {"top": 0}),
+        (ValueError, "seed must", {"seed": -1}),
+        (ValueError, "fill must", {"fill": "wrap"}),
+        (ValueError, "batch_size", {"batch_size": 0}),
+        (ValueError, "at least 11", {"images": torch.zeros(1, 3, 8, 8)}),
+        (TypeError, "method", {"method": 3}),
+        (AssertionError, "Target list length", {"target": [1, 2]}),
+    ],
+)
+def test_equivariance_checks_first(error, message, options) -> None:
+    def untouched(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("nothing may be computed before the arguments are checked")
+
+    given = {"method": untouched, "images": images(3, 16), "transform": "rotation", "values": [10], **options}
+    with pytest.raises(error, match=message):
+        metrics.equivariance(**given)
+
+
+def test_several_threads() -> None:
+    model, x = built(Plain), images(4, 16)
+    explain = attr.Saliency(model)
+    expected = metrics.sensitivity_max(explain.attribute, x, target=1)
+    expected_noise = metrics.equivariance(explain, x, "noise", [0.1], target=1)
+    found: list[bool] = []
+
+    def work() -> None:
+        same = torch.equal(metrics.sensitivity_max(explain.attribute, x, target=1), expected)
+        again = metrics.equivariance(explain, x, "noise", [0.1], target=1)
+        found.append(same and torch.equal(again.values["spearman"], expected_noise.values["spearman"]))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+
+
+def test_progress_and_callers_contexts(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = built(Plain, dtype=torch.float32), images(2, 16, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    explain = attr.Saliency(model)
+    expected = metrics.sensitivity_max(explain.attribute, x, target=1)
+    assert capsys.readouterr().err == ""
+    with torch.no_grad():
+        found = metrics.sensitivity_max(explain.attribute, x, target=1, show_progress=True)
+        metrics.infidelity(model, both, x, x, target=1, show_progress=True)
+        metrics.equivariance(explain, x, "rotation", [5], target=1, show_progress=True)
+        metrics.model_randomization(model, attr.Saliency, x, 1, show_progress=True)
+        metrics.average_drop(model, x, x.sum(1), show_progress=True)
+    assert torch.equal(found, expected)
+    lines = capsys.readouterr().err.splitlines()
+    names = ["sensitivity: 20/20 samples", "infidelity: 20/20 samples", "equivariance: 4/4 maps"]
+    names += ["model randomisation: 8/8 maps", "confidence: 4/4 images"]
+    assert [line.split(" in ")[0] for line in lines] == names
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        metrics.sensitivity_max(explain.attribute, last, target=1), expected, rtol=1e-3, atol=0
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        low = metrics.sensitivity_max(explain.attribute, x, target=1, perturb_radius=0.5)
+    assert low.dtype == torch.float32 and low.isfinite().all()
+    half = metrics.sensitivity_max(attr.Saliency(model.bfloat16()).attribute, x.bfloat16(), target=1)
+    assert half.dtype == torch.float32 and half.isfinite().all()
