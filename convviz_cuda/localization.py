@@ -10,7 +10,7 @@ import multiprocessing
 import numbers
 import signal
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Literal
 
@@ -290,7 +290,8 @@ def _segments(
     ahead: deque[Future] = deque()
     try:
         for image, values in zip(images, maps, strict=True):
-            ahead.append(pool.submit(_segment, image, values, options))
+            with _uninterrupted():
+                ahead.append(pool.submit(_segment, image, values, options))
             if len(ahead) > 2 * workers:  # enough to keep all busy, and few enough to hold
                 yield ahead.popleft().result()
         while ahead:
@@ -299,10 +300,17 @@ def _segments(
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits, and for ever in processes that are started meanwhile: when to end them is ours to say."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    # Ctrl-C reaches all processes of a terminal: this one's end is the caller's to say. And a process is one thread.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(1)
+    threadpool_limits(1)  # the processes are the threads
