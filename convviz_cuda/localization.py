@@ -173,7 +173,8 @@ def localize(
     if cut is None:
         rows = values.reshape(len(values), values[:1].size or 1).astype(np.float64)
         peaks = rows.max(1, initial=-np.inf, keepdims=True)
-        masks = ((rows > share * peaks) & (peaks > 0)).reshape(values.shape)
+        # Nothing exceeds a share of a maximum that is not positive.
+        masks = (rows > share * peaks).reshape(values.shape)
         settings: dict[str, Any] = {"share": share}
     else:
         from . import _graph_cut
