@@ -332,13 +332,16 @@ def test_scenes_with_grad_cam_of_the_trained_network():
         each = np.array([box_iou(a, b, 96) for a, b in zip(boxes, data.boxes, strict=True)])
         return each.mean(), (each >= 0.5).mean()
 
+    # A hill in the middle is no control of the cut: its colours suffice for most of these scenes. Noise is one.
+    noise = torch.rand(24, 96, 96, generator=torch.Generator().manual_seed(0))
+    random = scores(localize(noise, "graphcut", images=data.images).boxes)
     cut = scores(localize(maps, "graphcut", images=data.images).boxes)
     plain = scores(localize(maps, "gradcam15").boxes)
     small = localize(cam, "gradcam15", images=data.images, resize="bilinear")
     assert scores(small.boxes) == plain
     centre = max(scores([(48 - r, 48 - r, 48 + r, 48 + r)] * 24) for r in range(15, 48))
     assert cut[0] > 0.65 and cut[1] > 0.75
-    assert cut[0] > plain[0] + 0.1 and plain[0] > centre[0] + 0.05
+    assert cut[0] > plain[0] + 0.1 and plain[0] > centre[0] + 0.05 and random[0] < 0.4
 
 
 def test_it_repeats_and_depends_on_its_seed_alone(discs):
