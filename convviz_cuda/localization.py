@@ -8,7 +8,9 @@ import importlib
 import math
 import multiprocessing
 import numbers
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -315,3 +317,12 @@ def _start_worker() -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)  # the processes are the threads
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """A worker waits for work for ever, also when the process that would send it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -481,7 +482,9 @@ SCRIPT = """
 """
 
 
-def test_ctrl_c_ends_the_workers(tmp_path):
+@pytest.fixture
+def working(tmp_path):
+    """A process whose two workers work."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
@@ -490,14 +493,26 @@ def test_ctrl_c_ends_the_workers(tmp_path):
         start_new_session=True,
     )  # fmt: skip
     try:
-        said = process.stderr.readline()  # the first line of progress: the workers work
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        out, err = process.communicate(timeout=60)
+        said = process.stderr.readline()  # the first line of progress
+        assert "left" in said, said
+        yield process
     finally:
-        process.kill()
-    assert "left" in said, said + process.stderr.read()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_ctrl_c_ends_the_workers(working):
+    os.killpg(working.pid, signal.SIGINT)  # as a terminal does
+    out, err = working.communicate(timeout=60)
     assert out == "interrupted, children left: 0\n" and "Traceback" not in err
-    assert process.returncode == 0
+    assert working.returncode == 0
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(working):
+    working.kill()
+    working.communicate(timeout=60)  # the workers hold its stderr: it ends with them
 
 
 # --------------------------------------------------------------------------------------------------- errors
