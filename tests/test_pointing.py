@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from convviz_cuda import metrics
+from convviz_cuda.localization import localize
 
 
 def peak(y: int, x: int, size: tuple[int, int] = (60, 50)) -> Tensor:
@@ -207,7 +208,6 @@ def test_localization_accuracy() -> None:
 
 
 def test_localization_accuracy_of_maps() -> None:
-    localization = pytest.importorskip("convviz_cuda.localization", reason="localize is not there")
     maps = torch.zeros(3, 8, 9)
     maps[0, 1:3, 2:5] = 1.0  # six pixels in the first box
     maps[0, 5, 6], maps[0, 6, 7] = 10.0, 10.0  # stronger, but fewer; they touch at a corner only
@@ -218,7 +218,7 @@ def test_localization_accuracy_of_maps() -> None:
     assert accuracy.settings["localization"]["share"] == 0.05
     assert metrics.localization_accuracy(maps, truth).values.tolist() == [0.0, 1.0, 0.0]
     assert metrics.localization_accuracy(maps, truth).settings["localization"]["rule"] == "gradcam15"
-    found = localization.localize(maps, 0.05)
+    found = localize(maps, 0.05)
     assert metrics.localization_accuracy(found, truth).values.tolist() == [1.0, 1.0, 0.0]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..attr._gradient import check_at_once
 from ..attr._inputs import Target, extra_args
 from ..attr._masked import EXAMPLES
-from ..attr._masked_images import args_of_each_image, of_each_image
-from ..attr.rise import Score, _scores
+from ..attr._masked_images import args_of_each_image, image_scores, of_each_image
+from ..attr.rise import Score
 from ..checks import check_images
 from ..progress import Progress
 from ..results import Result
@@ -139,12 +139,12 @@ def confidence(
             if target is None and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1:
                 classes = output.argmax(1).tolist()
                 each = lambda _, found=classes: found  # noqa: E731
-            full.append(_scores(output, score, [each], numbers)[:, 0].double().cpu())
+            full.append(image_scores(output, score, [each], numbers)[:, 0].double().cpu())
             progress.advance(len(x))
             for name, mask in masks.items():
                 shown = x * mask[numbers.start : numbers.stop, None].to(x.device)
                 output = model(shown.to(x.dtype), *given)
-                masked[name].append(_scores(output, score, [each], numbers)[:, 0].double().cpu())
+                masked[name].append(image_scores(output, score, [each], numbers)[:, 0].double().cpu())
                 progress.advance(len(x))
     empty = [torch.zeros(0, dtype=torch.float64)]
     settings["target"] = "predicted" if target is None else target
