@@ -136,8 +136,34 @@ def test_pytorch_grad_cams_calls(name: str, quick: bool, compare: Callable[..., 
         f"{len(x)} images",
         {OURS: lambda: ours(x, targets), PEER: lambda: other(x, targets)},
         rounds=3,
-        goals={PEER: 20.0 if name == "eigencam" else 1.0},
+        goals={PEER: 1.0},
         errors={f"to {PEER} (signs of Eigen-CAM are arbitrary there)": error},
+    )
+
+
+@pytest.mark.parametrize("channels, side", [(512, 13), (2048, 7)])
+def test_principal_components(channels: int, side: int, quick: bool, compare: Callable[..., Any]) -> None:
+    """Eigen-CAM without the model: what SqueezeNet's and ResNet-50's last maps take."""
+    theirs = peer()
+    if theirs is None:
+        pytest.skip("pytorch-grad-cam does not import here")
+    project = importlib.import_module("pytorch_grad_cam.utils.svd_on_activations").get_2d_projection
+    count = 2 if quick else 16
+    values = torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1)).relu()
+    arrays = values.numpy()
+
+    def ours() -> Tensor:
+        return attr.EigenCam.weigh(values.flatten(2), None)
+
+    expected = torch.from_numpy(project(arrays)).flatten(1)
+    error = min(1.0, relative_error(ours().abs(), expected.abs()))
+    compare(
+        "Eigen-CAM's projection, seconds for all, float32",
+        f"{count} x {channels} x {side} x {side}",
+        {OURS: ours, PEER: lambda: project(arrays)},
+        rounds=3,
+        goals={PEER: 20.0},
+        errors={f"to {PEER}": error},
     )
 
 

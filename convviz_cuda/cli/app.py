@@ -269,6 +269,56 @@ def features(
 
 
 @app.command()
+def compare(
+    out: OutFolder,
+    images: Images = None,
+    methods: Annotated[
+        str, typer.Option(help="Any of `convviz attribute --method`, with commas between them.")
+    ] = "saliency,guided,integrated,gradcam,gradcam++,rise,excitation",
+    model: Model = "zfnet_mini",
+    weights: Weights = None,
+    cam_layer: Annotated[
+        str | None,
+        typer.Option(help="The layer whose maps some methods read. [default: the last one that has maps]"),
+    ] = None,
+    masks: Annotated[int | None, typer.Option(help="Masks of rise. [default: 1000]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Noisy images of smoothgrad. [default: 25]")] = None,
+    randomize: Annotated[
+        bool, typer.Option("--randomize", help="Also: how alike maps stay as layers get random weights.")
+    ] = False,
+    scenes: Scenes = 24,
+    seed: Seed = 0,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    mean: Mean = IMAGENET[0],
+    std: Std = IMAGENET[1],
+    device: Device = "auto",
+    batch_size: BatchSize = 8,
+) -> None:
+    """One table: methods by insertion, deletion, average drop, and where the truth is known pointing and box IoU.
+
+    A random map and a hill in the middle are the controls. Broken off, the same command goes on from there.
+    """
+    from .compare import compare as run
+    from .console import arguments
+    from .methods import parse_methods
+    from .request import options_of
+
+    with refusing():
+        with arguments():
+            chosen = parse_methods(methods)
+            able = {name for method in chosen for name in method.options}
+            given = {"cam_layer": cam_layer, "masks": masks, "samples": samples}
+            options = options_of(given, chosen, None)
+            if masks is None and "masks" in able:
+                options = options_of({**given, "masks": 1000}, chosen, None)
+        shown = _subject(
+            images, model, weights, resize, crop, mean, std, scenes, seed, device, out, batch_size
+        )
+        run(shown, chosen, options, randomize, out, batch_size)
+
+
+@app.command()
 def evolve(
     out: OutFolder,
     images: Images = None,

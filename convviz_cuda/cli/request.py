@@ -81,7 +81,7 @@ class Request:
             preprocess = Preprocess(
                 resize or None, crop or None, as_numbers("--mean", mean), as_numbers("--std", std)
             )
-            chosen = _options(options, methods, preprocess.crop)
+            chosen = options_of(options, methods, preprocess.crop)
             if dtype not in DTYPES:
                 raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, but it is {dtype!r}.")
             if out.exists() and not out.is_dir():
@@ -141,7 +141,7 @@ def as_numbers(option: str, text: str) -> tuple[float, ...]:
         raise ValueError(f"{option} holds numbers with commas between them, but it is {text!r}.") from None
 
 
-def _options(given: dict[str, Any], methods: list[Method], crop: int | None) -> Options:
+def options_of(given: dict[str, Any], methods: list[Method], crop: int | None) -> Options:
     """The methods' options; ``given`` holds None for what was not asked for."""
     wanted = {name: value for name, value in given.items() if value is not None}
     for name in wanted:

@@ -1,0 +1,234 @@
+"""``convviz compare``: one table of methods and the metrics that judge their maps, with two controls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .. import scenes
+from ..journal import digest, write_atomically
+from ..localization import localize
+from ..metrics import box_iou, confidence, insertion_deletion, model_randomization, pointing_game
+from ..version import __version__
+from .console import arguments, say
+from .experiments import FIRST_SET, SIDE, Subject
+from .methods import Method, Options, attribute_class
+
+RANDOM, CENTRE = "random map", "centre map"
+STEPS = 64  # of insertion and deletion
+TOLERANCE = 3  # pixels from the object at which the pointing game still counts a hit
+# Column, what is better, format.
+COLUMNS = (
+    ("insertion", "higher", "{:.3f}"),
+    ("deletion", "lower", "{:.3f}"),
+    ("average drop %", "lower", "{:.1f}"),
+    ("pointing", "higher", "{:.2f}"),
+    ("box IoU", "higher", "{:.3f}"),
+    ("seconds", "lower", "{:.3f}"),
+)
+
+
+@dataclasses.dataclass
+class Truth:
+    """What the generated scenes are of."""
+
+    labels: list[int]
+    masks: Tensor
+    boxes: Tensor
+
+
+def truth_of(shown: Subject) -> Truth | None:
+    """Of generated scenes; None for photographs."""
+    if "scenes" not in shown.about:
+        return None
+    data = scenes.Scenes(shown.about["scenes"], FIRST_SET + shown.about["seed"], SIDE)
+    every = [data.scene(i) for i in range(len(data))]
+    return Truth(
+        [scene.label for scene in every],
+        torch.stack([torch.from_numpy(scene.mask) for scene in every]),
+        torch.tensor([scene.box for scene in every]),
+    )
+
+
+def importance(attributions: Tensor) -> Tensor:
+    """(N, H, W): a method's map as it is, and of attributions to channels the sum of their magnitudes."""
+    return attributions[:, 0] if attributions.shape[1] == 1 else attributions.abs().sum(1)
+
+
+def controls(images: Tensor) -> dict[str, Tensor]:
+    """Maps that know nothing of the model: noise, and a hill in the middle."""
+    count, _, height, width = images.shape
+    noise = torch.stack(
+        [torch.rand(height, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    )
+    y, x = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in (height, width))
+    hill = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * (min(height, width) / 4) ** 2))
+    return {RANDOM: noise, CENTRE: hill.repeat(count, 1, 1)}
+
+
+def compare(
+    shown: Subject, methods: Sequence[Method], options: Options, randomize: bool, out: Path, batch_size: int
+) -> None:
+    """Write ``compare.json`` and ``compare.md`` to ``out`` and print the table; what is there already is not redone."""
+    images = shown.tensor()
+    truth = truth_of(shown)
+    if truth is not None:
+        targets = truth.labels
+    else:
+        with torch.no_grad():
+            targets = [c for part in images.split(batch_size) for c in shown.model(part).argmax(1).tolist()]
+    settings = {
+        "version": __version__,
+        **shown.about,
+        "size": list(images.shape[2:]),
+        "target": "predicted" if truth is None else "label",
+        "steps": STEPS,
+        "insertion_fill": "blur (11 pixels, sigma 5)",
+        "deletion_fill": "0: the mean colour",
+        "average_drop": "map min-max normalised, times the image",
+        "box": "15 % of the map's maximum",
+        "pointing_tolerance": TOLERANCE,
+        "maps": "a method's own; attributions to channels: the sum of their magnitudes",
+    }
+    state = [(p._version, float(p.double().sum())) for p in shown.model.parameters()]
+    file = out / "compare.json"
+    rows = _there(file)
+    known = {row["id"]: row for row in rows}
+    table: list[dict[str, Any]] = []
+
+    def write() -> None:
+        record = {"settings": settings, "rows": table}
+        write_atomically(file, lambda f: f.write(json.dumps(record, indent=1).encode()))
+
+    def judge(name: str, given: dict[str, Any], make: Callable[[], Tensor]) -> None:
+        identity = digest(name, given, settings, [total for _, total in state], randomize)
+        row = known.get(identity)
+        if row is None:
+            say(f"{name} ...")
+            start = time.perf_counter()
+            maps = make()
+            seconds = (time.perf_counter() - start) / max(1, len(images))
+            row = {
+                "id": identity,
+                "method": name,
+                "options": given,
+                **_judged(shown.model, images, maps, targets, truth),
+            }
+            row["seconds"] = None if name in (RANDOM, CENTRE) else seconds
+            known[identity] = row
+        table.append(row)
+        write()  # a run that is broken off goes on from here
+
+    out.mkdir(parents=True, exist_ok=True)
+    for method in methods:
+
+        def make(method: Method = method) -> Tensor:
+            parts = [
+                attribute_class(method, shown.model, part, targets[start : start + batch_size], options)
+                for start, part in zip(
+                    range(0, len(images), batch_size), images.split(batch_size), strict=True
+                )
+            ]
+            return importance(torch.cat(parts)).detach()
+
+        with arguments():
+            judge(method.name, options.of(method), make)
+    for name, maps in controls(images).items():
+        judge(name, {}, lambda maps=maps: maps.to(images))
+    if randomize:
+        for method, row in zip(methods, table, strict=False):
+            if "randomized" not in row:
+                say(f"{method.name} under random weights ...")
+                row["randomized"] = _randomized(shown.model, method, images, targets, options, batch_size)
+                write()
+    text = _markdown(table, randomize)
+    write_atomically(out / "compare.md", lambda f: f.write(text.encode()))
+    _print(table, len(images), randomize)
+    print(f"Written to {file} and {out / 'compare.md'}.")
+
+
+def _there(file: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(file.read_text())["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _judged(
+    model: nn.Module, images: Tensor, maps: Tensor, targets: list[int], truth: Truth | None
+) -> dict[str, float | None]:
+    curves = insertion_deletion(model, images, maps, targets, steps=STEPS)
+    drop = confidence(model, images, {"map": maps}, targets).average_drop("map")
+    found: dict[str, float | None] = {
+        "insertion": curves.insertion.mean,
+        "deletion": curves.deletion.mean,
+        "average drop %": drop.mean,
+        "pointing": None,
+        "box IoU": None,
+    }
+    if truth is not None:
+        found["pointing"] = pointing_game(maps, truth.masks.to(maps.device), TOLERANCE).mean
+        boxes = localize(maps.cpu(), "gradcam15").boxes
+        found["box IoU"] = float(box_iou(boxes, truth.boxes).mean())
+    return found
+
+
+class _Calls:
+    """A method of the command's table as ``model_randomization`` wants it."""
+
+    def __init__(self, method: Method, options: Options, model: nn.Module) -> None:
+        self.method, self.options, self.model = method, options, model
+
+    def attribute(self, inputs: Tensor, target: Any = None) -> Tensor:
+        targets = target if isinstance(target, list) else [target] * len(inputs)
+        return attribute_class(self.method, self.model, inputs, targets, self.options)
+
+
+def _randomized(
+    model: nn.Module, method: Method, images: Tensor, targets: list[int], options: Options, batch_size: int
+) -> dict[str, float]:
+    """Spearman's correlation of a map's magnitudes with the original's, after each layer from the top down."""
+    found = model_randomization(
+        model, lambda of: _Calls(method, options, of), images, targets, batch_size=batch_size
+    )
+    values = found.values["spearman_abs"].nanmean(1)
+    return dict(zip(found.steps, (round(v, 4) for v in values.tolist()), strict=True))
+
+
+def _cells(row: dict[str, Any], randomize: bool) -> list[str]:
+    cells = [row["method"]]
+    for name, _, form in COLUMNS:
+        cells.append("" if row[name] is None else form.format(row[name]))
+    if randomize:
+        values = list(row.get("randomized", {}).values())
+        cells += [f"{values[0]:.2f}", f"{sum(values) / len(values):.2f}"] if values else ["", ""]
+    return cells
+
+
+def _heads(randomize: bool) -> list[str]:
+    heads = ["method", *(f"{name} ({better})" for name, better, _ in COLUMNS)]
+    return heads + (["top layer random", "all, mean"] if randomize else [])
+
+
+def _markdown(table: list[dict[str, Any]], randomize: bool) -> str:
+    heads = _heads(randomize)
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(_cells(row, randomize)) + " |" for row in table]) + "\n"
+
+
+def _print(table: list[dict[str, Any]], count: int, randomize: bool) -> None:
+    shown = Table(title=f"Methods, over {count} images", title_justify="left")
+    for head in _heads(randomize):
+        shown.add_column(head, justify="left" if head == "method" else "right")
+    for row in table:
+        shown.add_row(*_cells(row, randomize))
+    Console().print(shown)
