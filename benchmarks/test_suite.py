@@ -141,15 +141,19 @@ def test_pytorch_grad_cams_calls(name: str, quick: bool, compare: Callable[..., 
     )
 
 
-@pytest.mark.parametrize("channels, side", [(512, 13), (2048, 7)])
-def test_principal_components(channels: int, side: int, quick: bool, compare: Callable[..., Any]) -> None:
-    """Eigen-CAM without the model: what SqueezeNet's and ResNet-50's last maps take."""
+@pytest.mark.parametrize("maps", ["SqueezeNet's features.12", "random, as many as ResNet-50's"])
+def test_principal_components(maps: str, quick: bool, compare: Callable[..., Any]) -> None:
+    """Eigen-CAM without the model."""
     theirs = peer()
     if theirs is None:
         pytest.skip("pytorch-grad-cam does not import here")
     project = importlib.import_module("pytorch_grad_cam.utils.svd_on_activations").get_2d_projection
     count = 2 if quick else 16
-    values = torch.randn(count, channels, side, side, generator=torch.Generator().manual_seed(1)).relu()
+    if maps.startswith("random"):
+        values = torch.randn(count, 2048, 7, 7, generator=torch.Generator().manual_seed(1)).relu()
+    else:
+        model, layer = network(quick)
+        values = attr.LayerActivation(model, layer).attribute(images(count, quick))
     arrays = values.numpy()
 
     def ours() -> Tensor:
@@ -159,7 +163,7 @@ def test_principal_components(channels: int, side: int, quick: bool, compare: Ca
     error = min(1.0, relative_error(ours().abs(), expected.abs()))
     compare(
         "Eigen-CAM's projection, seconds for all, float32",
-        f"{count} x {channels} x {side} x {side}",
+        f"{maps}: {' x '.join(map(str, values.shape))}",
         {OURS: ours, PEER: lambda: project(arrays)},
         rounds=3,
         goals={PEER: 20.0},

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import numbers
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._draws import drawn_from
 from ..checks import DTYPES
 from ..progress import Progress
 from ..window_ops import occlude
@@ -136,14 +135,13 @@ class MaskedForward:
             batches[1].copy_(fill)
             self._hide_some(which, batches[2])
             given.append(batches)
-        devices = {x.device.index for x in self.inputs if x.device.type == "cuda"}
 
         def alone(which: int, formats: list[torch.memory_format]) -> Tensor:
             one = [b[which].clone(memory_format=f) for b, f in zip(given, formats, strict=True)]
             return self.scores(one, 1)
 
         try:
-            with unseen(devices):
+            with drawn_from():  # a random function goes on as if it had not been looked at
                 expected = torch.cat([self.clean, alone(1, self.layouts), alone(2, self.layouts)])
                 if together:
                     found = self.scores([batches.flatten(0, 1) for batches in given], 3)
@@ -322,16 +320,6 @@ def _tf32() -> bool:
         return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # set by the newer switches, which the older ones then refuse to name
         return True
-
-
-def unseen(devices: Collection[int]) -> contextlib.AbstractContextManager[None]:
-    """In which random functions are looked at: PyTorch's random state is then as if they had not been.
-
-    Not while other threads run, which would be set back too and draw the same numbers again.
-    """
-    if threading.active_count() > 1:
-        return contextlib.nullcontext()
-    return torch.random.fork_rng(devices)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

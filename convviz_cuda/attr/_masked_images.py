@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._draws import drawn_from
 from ..mask_ops import checked_masks, mask_images_inplace_op
 from ..progress import Progress
 from ..window_ops import change
 from ._inputs import Target, gains_turned, select_target
-from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding, unseen
+from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
 
 # Writes masked images, from one number to another, into memory of their shape: ``(out, images, start, stop)``. Gives
 # which image each is made of, on the device and on the host. The images are the caller's, in the layout of ``out``.
@@ -24,6 +25,7 @@ Masks = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None, Sequence[int]]
 # The images, which of the caller's they come from (on the device, and on the host): their scores, (n, K).
 Evaluate = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 BLOCK = 4096  # masked images whose small grids are fetched together
+AHEAD, AHEAD_BYTES = 4, 24 << 20  # forwards of a CPU whose images are masked together, and their bytes
 PROBED = 3  # images that are looked at alone and together, before many are evaluated together
 
 
@@ -47,12 +49,12 @@ class MaskedImages:
         return torch.empty(size, dtype=self.images.dtype, device=self.images.device, memory_format=layout)
 
     def _scores(self, start: int, stop: int, images: Tensor, room: Tensor) -> Tensor:
-        # Written anew for each forward: the function may have changed it in place.
-        given = room[: stop - start]
-        image, numbers = self.mask(given, images, start, stop)
+        return self._evaluated(room, *self.mask(room, images, start, stop))
+
+    def _evaluated(self, given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
         scores = self.evaluate(given, image, numbers)
-        assert scores.dim() == 2 and len(scores) == stop - start, (
-            f"forward_func must return scores of each image: for {stop - start} images it gave {len(scores)}."
+        assert scores.dim() == 2 and len(scores) == len(given), (
+            f"forward_func must return scores of each image: for {len(given)} images it gave {len(scores)}."
         )
         return scores
 
@@ -71,14 +73,21 @@ class MaskedImages:
         """
         at_once = self._choose(batch_size, memory_limit)
         images = self.images.contiguous(memory_format=self.layout)
-        room = self._room(at_once, self.layout)
+        # Several forwards' images are masked in one go, each written anew: the function may change what it gets.
+        few = memory_limit is not None or images.is_cuda
+        ahead = 1 if few else max(1, min(AHEAD, AHEAD_BYTES // max(1, at_once * images[0].nbytes)))
+        room = self._room(at_once * ahead, self.layout)
         found: Tensor | None = None
-        start = 0
+        start = first = last = 0
         with Progress(self.count, "masked images", show_progress, title) as progress:
             while start < self.count:
                 stop = min(start + at_once, self.count)
                 try:
-                    scores = self._scores(start, stop, images, room)
+                    if start >= last:
+                        first, last = start, min(start + at_once * ahead, self.count)
+                        image, numbers = self.mask(room[: last - first], images, first, last)
+                    part = slice(start - first, stop - first)
+                    scores = self._evaluated(room[part], image[part], numbers[part])
                     if found is None:
                         found = torch.empty(
                             (self.count, scores.shape[1]), dtype=scores.dtype, device=scores.device
@@ -90,8 +99,8 @@ class MaskedImages:
                     at_once //= 2
                     room = None
                 if room is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                    scores = None
-                    room = self._room(at_once, self.layout)
+                    scores, last = None, start
+                    room = self._room(at_once * ahead, self.layout)
                     continue
                 if progress.show and found.is_cuda:
                     torch.cuda.synchronize(found.device)  # or progress would count what is only queued
@@ -109,8 +118,7 @@ class MaskedImages:
             EXAMPLES.get(device, EXAMPLES["cuda"]),
             max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, self.images[0].nbytes)),
         )
-        devices = {self.images.device.index} if device == "cuda" else ()
-        with unseen(devices):
+        with drawn_from():  # a random function goes on as if it had not been looked at
             with PeakBytes(memory_limit is not None) as peak:
                 alone = [self._probe(0, 1, self.layout)]
             if memory_limit is not None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._draws import drawn_from
 from ..attr._gradient import check_at_once, check_module, find_layer
 from ..attr._inputs import Target, extra_args
 from ..attr._masked_images import args_of_each_image
@@ -24,8 +24,6 @@ from ..progress import Progress
 from ._explain import Explainer, examples, predicted
 from ._similarity import DEFAULT, Similarities, check_similarities, similar
 
-# How operations that draw numbers are called where they are given a generator.
-OVERLOADS = {"default": "generator", "low": "low_generator"}
 MODES = ("cascading", "independent")
 INITIALISATIONS = ("reset", "normal")
 
@@ -205,7 +203,7 @@ def _randomise(model: nn.Module, name: str, initialisation: str, seed: int) -> N
     fresh = copy.deepcopy(layer).cpu()
     with torch.no_grad():
         if initialisation == "reset" and callable(getattr(fresh, "reset_parameters", None)):
-            with _Drawn(generator):
+            with drawn_from(generator):
                 fresh.reset_parameters()
         else:
             for parameter in fresh.parameters(recurse=False):
@@ -220,24 +218,3 @@ def _randomise(model: nn.Module, name: str, initialisation: str, seed: int) -> N
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-class _Drawn(TorchDispatchMode):
-    """Random numbers drawn inside the block, in this thread, come from a generator; the global one is not touched.
-
-    Not by seeding and restoring the global one: that would disturb, and be disturbed by, what other threads draw.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        takes = any(argument.name == "generator" for argument in func._schema.arguments)
-        if not takes and func._overloadname in OVERLOADS:
-            other = getattr(func.overloadpacket, OVERLOADS[func._overloadname], None)
-            func, takes = (other, True) if other is not None else (func, False)
-        if takes and kwargs.get("generator") is None:
-            kwargs["generator"] = self.generator
-        return func(*args, **kwargs)
