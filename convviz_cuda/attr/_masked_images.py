@@ -25,7 +25,6 @@ Masks = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None, Sequence[int]]
 # The images, which of the caller's they come from (on the device, and on the host): their scores, (n, K).
 Evaluate = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 BLOCK = 4096  # masked images whose small grids are fetched together
-AHEAD, AHEAD_BYTES = 4, 24 << 20  # forwards of a CPU whose images are masked together, and their bytes
 PROBED = 3  # images that are looked at alone and together, before many are evaluated together
 
 
@@ -49,12 +48,12 @@ class MaskedImages:
         return torch.empty(size, dtype=self.images.dtype, device=self.images.device, memory_format=layout)
 
     def _scores(self, start: int, stop: int, images: Tensor, room: Tensor) -> Tensor:
-        return self._evaluated(room, *self.mask(room, images, start, stop))
-
-    def _evaluated(self, given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
-        scores = self.evaluate(given, image, numbers)
-        assert scores.dim() == 2 and len(scores) == len(given), (
-            f"forward_func must return scores of each image: for {len(given)} images it gave {len(scores)}."
+        # Written anew for each forward: the function may have changed it in place. Of more images at once than pass
+        # together the caches let go before they are read.
+        given = room[: stop - start]
+        scores = self.evaluate(given, *self.mask(given, images, start, stop))
+        assert scores.dim() == 2 and len(scores) == stop - start, (
+            f"forward_func must return scores of each image: for {stop - start} images it gave {len(scores)}."
         )
         return scores
 
@@ -73,21 +72,14 @@ class MaskedImages:
         """
         at_once = self._choose(batch_size, memory_limit)
         images = self.images.contiguous(memory_format=self.layout)
-        # Several forwards' images are masked in one go, each written anew: the function may change what it gets.
-        few = memory_limit is not None or images.is_cuda
-        ahead = 1 if few else max(1, min(AHEAD, AHEAD_BYTES // max(1, at_once * images[0].nbytes)))
-        room = self._room(at_once * ahead, self.layout)
+        room = self._room(at_once, self.layout)
         found: Tensor | None = None
-        start = first = last = 0
+        start = 0
         with Progress(self.count, "masked images", show_progress, title) as progress:
             while start < self.count:
                 stop = min(start + at_once, self.count)
                 try:
-                    if start >= last:
-                        first, last = start, min(start + at_once * ahead, self.count)
-                        image, numbers = self.mask(room[: last - first], images, first, last)
-                    part = slice(start - first, stop - first)
-                    scores = self._evaluated(room[part], image[part], numbers[part])
+                    scores = self._scores(start, stop, images, room)
                     if found is None:
                         found = torch.empty(
                             (self.count, scores.shape[1]), dtype=scores.dtype, device=scores.device
@@ -99,8 +91,8 @@ class MaskedImages:
                     at_once //= 2
                     room = None
                 if room is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                    scores, last = None, start
-                    room = self._room(at_once * ahead, self.layout)
+                    scores = None
+                    room = self._room(at_once, self.layout)
                     continue
                 if progress.show and found.is_cuda:
                     torch.cuda.synchronize(found.device)  # or progress would count what is only queued
