@@ -240,6 +240,16 @@ def test_eigenvectors_of_close_eigenvalues(ratio: float) -> None:
     assert ((found * basis[:, :, 7]).sum(1).abs() > 1 - 1e-9).all()
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_eigencam_in_single_precision(scale: float) -> None:
+    values = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3)).double()
+    values += 3 * torch.randn(2, 9, 1, dtype=torch.float64) * torch.randn(2, 1, 16, dtype=torch.float64)
+    expected = attr.EigenCam.weigh(values, None)
+    found = attr.EigenCam.weigh((values * scale).float(), None)
+    assert found.dtype == torch.float32
+    close((found.double() / scale), expected, 1e-5)
+
+
 def test_eigenvectors_of_zero_and_of_equal_eigenvalues() -> None:
     assert not first_eigenvector(torch.zeros(2, 4, 4, dtype=torch.float64)).any()
     vector = first_eigenvector(torch.eye(4, dtype=torch.float64)[None] * 3)

@@ -25,10 +25,12 @@ class EigenCam(ClassActivationMap):
     @staticmethod
     def weigh(values: Tensor, gradients: Tensor) -> Tensor:
         del gradients
-        centred = (values - values.mean(-1, keepdim=True)).double()
-        few = min(centred.shape[1:])
-        if not values.numel() or not few:
+        if not values.numel():
             return values.sum(1)
+        centred = values - values.mean(-1, keepdim=True)
+        # To magnitudes up to 1, so that squares neither overflow nor vanish.
+        largest = centred.abs().amax((1, 2), keepdim=True)
+        centred = centred / torch.where(largest == 0, 1.0, largest)
         # Of the two Gram matrices the smaller one: their first eigenvectors give the same projection.
         across = centred.shape[1] < centred.shape[2]
         gram = centred @ centred.mT if across else centred.mT @ centred
@@ -37,8 +39,8 @@ class EigenCam(ClassActivationMap):
             projection = (vector[:, None] @ centred)[:, 0]
         else:
             projection = vector * (centred @ vector[:, :, None]).norm(dim=1)
-        largest = projection.gather(1, projection.abs().argmax(1, keepdim=True))
-        return (projection * torch.where(largest < 0, -1.0, 1.0)).to(values.dtype)
+        strongest = projection.gather(1, projection.abs().argmax(1, keepdim=True))
+        return projection * torch.where(strongest < 0, -1.0, 1.0) * largest[:, 0]
 
 
 def first_eigenvector(gram: Tensor) -> Tensor:
@@ -47,8 +49,8 @@ def first_eigenvector(gram: Tensor) -> Tensor:
     The power iteration on a matrix that has been squared some times, squared again where two eigenvalues are so close
     that it has not converged. Where they are equal, a vector of their common space. Zero of a zero matrix.
     """
-    power = gram
-    vector = torch.zeros_like(gram[..., 0])
+    power, vector = gram, gram[..., :1]
+    close = 1e-12 if gram.dtype == torch.float64 else 1e-6
     for _ in range(ROUNDS):
         for _ in range(SQUARINGS):
             trace = power.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
@@ -62,6 +64,6 @@ def first_eigenvector(gram: Tensor) -> Tensor:
             vector = power @ vector
             size = vector.norm(dim=-2, keepdim=True)
             vector = vector / torch.where(size == 0, 1.0, size)
-        if not bool(((vector - before).abs().amax() > 1e-12).any()):
+        if not bool((vector - before).abs().amax() > close):
             break
     return vector[..., 0]
