@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from .reference import RULES
 Pair = int | Sequence[int]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """An int of at least ``least``; TypeError for what is none, ValueError for a smaller one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, but it is {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, but it is {value}.")
+    return int(value)
 
 
 def rule_code(rule: str) -> int:

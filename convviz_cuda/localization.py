@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checks import integer
 from .metrics._result import check_maps
 from .progress import Progress
 from .results import Result, picture
@@ -85,7 +86,7 @@ class GraphCut:
             value = getattr(self, name)
             if name == "samples" and value is None:
                 continue
-            object.__setattr__(self, name, _integer(name, value, least))
+            object.__setattr__(self, name, integer(name, value, least))
         if self.seed >= 2**32:
             raise ValueError(f"seed must be less than 2**32, but it is {self.seed}.")
         if self.seeds not in ("soft", "hard"):
@@ -155,7 +156,7 @@ def localize(
     brings SciPy).
     """
     share, cut = _rule(rule)
-    workers = _integer("workers", workers, 1)
+    workers = integer("workers", workers, 1)
     if images is not None:
         _check_images(images)
         size = tuple(images.shape[2:])
@@ -239,14 +240,6 @@ def _rule(rule: Any) -> tuple[float, GraphCut | None]:
         return float(rule), None
     known = ", ".join(map(repr, ("graphcut", *SHARES)))
     raise ValueError(f"rule must be {known}, a share between 0 and 1 or a GraphCut, but it is {rule!r}.")
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, but it is {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, but it is {value}.")
-    return int(value)
 
 
 def _check_images(images: Any) -> None:

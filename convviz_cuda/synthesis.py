@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .activations import LayerReader, evaluating
 from .attr._gradient import GradientAttribution, NeuronAttribution, check_module, gradients
+from .checks import integer
 from .fills import gaussian_blur
 from .imaging import colour_limit, denormalised, number, signed_rgb, three_channels
 from .journal import digest
@@ -237,18 +238,18 @@ class ClassModel:
         gradient.
         """
         options = _Options(
-            steps=_count("steps", steps, 1),
+            steps=integer("steps", steps, 1),
             lr=_real("lr", lr, positive=True),
             l2=_real("l2", l2),
-            jitter=_count("jitter", jitter, 0),
-            blur_every=_count("blur_every", blur_every or 0, 0),
+            jitter=integer("jitter", jitter, 0),
+            blur_every=integer("blur_every", blur_every or 0, 0),
             blur_sigma=_real("blur_sigma", blur_sigma),
             normalise=bool(normalise),
             keep=keep,
         )
         if not isinstance(keep, str) or keep not in KEEPS:
             raise ValueError(f"keep must be one of {', '.join(map(repr, KEEPS))}, but it is {keep!r}.")
-        seed, batch_size = _count("seed", seed, 0), _count("batch_size", batch_size, 1)
+        seed, batch_size = integer("seed", seed, 0), integer("batch_size", batch_size, 1)
         given = _target_list(targets)
         device, dtype = self._kind(init)
         shape, start = _start(init, size, given)
@@ -458,14 +459,6 @@ def shifted(images: Tensor, offsets: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ arguments
 
 
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, but it is {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, but it is {value}.")
-    return int(value)
-
-
 def _real(name: str, value: Any, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, but it is {value!r}.")
@@ -528,7 +521,7 @@ def _start(init: Any, size: Any, targets: list[Any]) -> tuple[tuple[int, ...], T
     if size is not None:
         if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 3:
             raise ValueError(f"size must be (channels, height, width), but it is {size!r}.")
-        shape = tuple(_count("size", extent, 1) for extent in size)
+        shape = tuple(integer("size", extent, 1) for extent in size)
     if isinstance(init, str):
         if init not in INITS:
             raise ValueError(

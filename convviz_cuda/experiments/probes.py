@@ -10,7 +10,6 @@ of the images that the classifier is trained on, and :data:`STRENGTH` says how t
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..activations import LayerReader, evaluating, layer_features
+from ..checks import integer
 from ..progress import Progress
 from ..results import Result, _plain, new_figure
 
@@ -551,7 +551,7 @@ def _check_sizes(
 
 def _counts(name: str, values: Sequence[int]) -> list[int]:
     values = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]
-    values = [_integer(name, value, 1) for value in values]
+    values = [integer(name, value, 1) for value in values]
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name} must hold different numbers, at least one, but it is {values}.")
     return values
@@ -561,16 +561,8 @@ def _check_numbers(
     folds: int, batch_size: int, seed: int, pool: int | None
 ) -> tuple[int, int, int, int | None]:
     return (
-        _integer("folds", folds, 1),
-        _integer("batch_size", batch_size, 1),
-        _integer("seed", seed, 0),
-        None if pool is None else _integer("pool", pool, 1),
+        integer("folds", folds, 1),
+        integer("batch_size", batch_size, 1),
+        integer("seed", seed, 0),
+        None if pool is None else integer("pool", pool, 1),
     )
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, but it is {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, but it is {value}.")
-    return int(value)
