@@ -26,6 +26,18 @@ def integer(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An int from ``least`` to ``most``; ValueError for anything else, as of a setting's value."""
+    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not fits or value < least or (most is not None and value > most):
+        power = most is not None and most > 1 << 32 and most & (most + 1) == 0
+        end = (
+            "" if most is None else f" and below 2**{most.bit_length()}" if power else f" and at most {most}"
+        )
+        raise ValueError(f"{name} must be an int of at least {least}{end}, but it is {value!r}.")
+    return int(value)
+
+
 def rule_code(rule: str) -> int:
     """The code of a rule in the ops' schemas; ValueError for an unknown name."""
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from ..checks import check_int
 from ..rules import backward_rule
 from ._inputs import (
     Inputs,
@@ -370,10 +370,8 @@ class NeuronAttribution(GradientAttribution):
 
 def check_at_once(name: str, at_once: Any) -> None:
     """ValueError for a number of backward passes at once that is none."""
-    if at_once is not None and (
-        isinstance(at_once, bool) or not isinstance(at_once, numbers.Integral) or at_once < 1
-    ):
-        raise ValueError(f"{name} must be an int of at least 1, but it is {at_once!r}.")
+    if at_once is not None:
+        check_int(name, at_once, 1)
 
 
 def in_training(function: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import DTYPES, Pair, pair
+from ..checks import DTYPES, Pair, check_int, pair
 from ..mask_ops import philox
 from ..mask_reference import samples
 from ._inputs import Inputs, Target, as_tuple, extra_args, target_list
@@ -222,11 +222,11 @@ class RISE:
     ) -> Tensor:
         images = _checked_images(inputs)
         grid = pair("grid", grid, 1)
-        _check_int("n_masks", n_masks, 1)
-        _check_int("seed", seed, 0, 2**64)
+        check_int("n_masks", n_masks, 1)
+        check_int("seed", seed, 0, 2**64 - 1)
         for name, value in (("batch_size", batch_size), ("memory_limit", memory_limit)):
             if value is not None:
-                _check_int(name, value, 1)
+                check_int(name, value, 1)
         if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 < p <= 1:
             raise ValueError(f"p must be a number above 0 and at most 1, but it is {p!r}.")
         if round(float(p) * 2**32) == 0:
@@ -291,12 +291,3 @@ def _checked_images(inputs: Inputs) -> Tensor:
             f"inputs must be images (N, C, H, W), but they have the shape {tuple(images.shape)}."
         )
     return images
-
-
-def _check_int(name: str, value: Any, least: int, end: int | None = None) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least or (end is not None and value >= end):
-        raise ValueError(
-            f"{name} must be an int of at least {least}"
-            f"{'' if end is None else f' and below 2**{end.bit_length() - 1}'}, but it is {value!r}."
-        )

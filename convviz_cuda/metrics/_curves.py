@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..attr._inputs import Target, extra_args
 from ..attr._masked import memory_format
 from ..attr._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image
-from ..checks import DTYPES
+from ..checks import DTYPES, check_int
 from ..fills import BLUR_KERNEL, BLUR_SIGMA, Fill, fill_values
 from ..mask_ops import philox, replace_ranked_
 from ..results import new_figure
@@ -279,16 +278,6 @@ def check_model_and_images(forward_func: Any, images: Any) -> Tensor:
             f"images must have the shape (N, C, H, W), but it has the shape {tuple(images.shape)}."
         )
     return images.detach()
-
-
-def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        raise ValueError(
-            f"{name} must be an int of at least {least}{'' if most is None else f' and at most {most}'}, "
-            f"but it is {value!r}."
-        )
-    return int(value)
 
 
 def check_evaluation(score: str, batch_size: int | None, memory_limit: int | None) -> None:

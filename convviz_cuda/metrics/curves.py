@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attr._inputs import Target
-from ..checks import Pair, pair
+from ..checks import Pair, check_int, pair
 from ..fills import Fill
 from ..results import Result
 from ._curves import (
@@ -19,7 +19,6 @@ from ._curves import (
     Pass,
     bounds_of,
     check_evaluation,
-    check_int,
     check_model_and_images,
     curve_figure,
     curve_scores,

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..attr._inputs import Target, extra_args
 from ..attr._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image
+from ..checks import check_int
 from ..mask_ops import philox
 from ..results import Result
 from ._curves import (
     Curve,
     check_evaluation,
-    check_int,
     check_model_and_images,
     curve_figure,
     predicted,

@@ -12,12 +12,12 @@ from torch import Tensor
 from ..attr._inputs import Target, extra_args
 from ..attr._masked import memory_format
 from ..attr._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image
+from ..checks import check_int
 from ..fills import Fill
 from ..mask_ops import philox, replace_ranked_
 from ..results import new_figure
 from ._curves import (
     check_evaluation,
-    check_int,
     check_model_and_images,
     described,
     given_fills,
