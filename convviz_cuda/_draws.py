@@ -1,13 +1,16 @@
-"""Random numbers that are drawn where a generator cannot be handed over, without PyTorch's global one."""
+"""Random numbers without PyTorch's global generator: counted ones, and those of code that takes no generator."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .mask_ops import philox
 
 # How operations that draw numbers are called where they are given a generator.
 OVERLOADS = {"default": "generator", "low": "low_generator"}
@@ -46,3 +49,13 @@ class drawn_from(TorchDispatchMode):
         if takes and kwargs.get("generator") is None:
             kwargs["generator"] = self._generator(args, kwargs)
         return func(*args, **kwargs)
+
+
+def normal(streams: Tensor, count: int, seed: int) -> Tensor:
+    """(n, count) float64, standard normal: a row for each stream of :func:`philox`, the same wherever it stands.
+
+    Box and Muller 1958, two words for each number.
+    """
+    words = philox(streams, 2 * count, seed).view(-1, count, 2).double()
+    radius = (-2 * torch.log((words[..., 0] + 1) / 2**32)).sqrt()
+    return radius * torch.cos(2 * math.pi / 2**32 * words[..., 1])

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._draws import normal
 from ..attr._inputs import Target, extra_args
 from ..attr._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image
 from ..checks import check_int
-from ..mask_ops import philox
 from ..results import Result
 from ._curves import (
     Curve,
@@ -114,7 +114,7 @@ def road(
         if noise:
             # The same for both orders.
             streams = (step << 32) + image
-            shown = shown + noise * _normal(streams, images[0].numel(), seed).view(shown.shape)
+            shown = shown + noise * normal(streams, images[0].numel(), seed).view(shown.shape)
         out.copy_(torch.where(hidden[:, None], shown.to(images.dtype), images[image]))
         return image, [i // steps % count for i in range(start, stop)]
 
@@ -195,13 +195,6 @@ def _neighbours(x: Tensor) -> Tensor:
     rows = rows[..., :-2] + rows[..., 2:] + 2 * x
     both = F.pad(rows, (0, 0, 1, 1))
     return (both[..., :-2, :] + both[..., 2:, :] + 2 * rows - 4 * x) / 12
-
-
-def _normal(streams: Tensor, count: int, seed: int) -> Tensor:
-    """(n, count) float64, normal: Box and Muller 1958, two words for each."""
-    words = philox(streams, 2 * count, seed).view(-1, count, 2).double()
-    radius = (-2 * torch.log((words[..., 0] + 1) / 2**32)).sqrt()
-    return radius * torch.cos(2 * math.pi / 2**32 * words[..., 1])
 
 
 def _checked_fractions(fractions: Any) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._draws import normal
 from ..attr._gradient import EXAMPLES, check_at_once
 from ..attr._inputs import Inputs, Target, as_tuple, extra_args, select_target
 from ..checks import check_images
@@ -32,12 +33,6 @@ def _uniform(like: Tensor, items: Tensor, stream: int, seed: int) -> Tensor:
     """Uniform numbers in (0, 1), float64, shaped as ``like``: a row for each item, the same wherever it stands."""
     words = philox(items.to(like.device) * 64 + stream, math.prod(like.shape[1:]), seed)
     return words.double().add_(0.5).mul_(WORD).view(like.shape)
-
-
-def _normal(like: Tensor, items: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers, float64, shaped as ``like``, by Box and Muller's formula: a row for each item."""
-    first, second = (_uniform(like, items, stream, seed) for stream in (0, 1))
-    return first.log_().mul_(-2).sqrt_().mul_(second.mul_(2 * math.pi).cos_())
 
 
 def _in_ball(inputs: tuple[Tensor, ...], radius: float, items: Tensor, seed: int) -> tuple[Tensor, ...]:
@@ -469,8 +464,9 @@ def equivariance(
     def changed(batch: Tensor, value: Any, step: int, start: int) -> Tensor:
         if transform != "noise":
             return moved(batch, value, fill)
-        items = torch.arange(start, start + len(batch)) + step * 2**32
-        return (batch + value * _normal(batch, items, seed)).to(batch.dtype)
+        items = torch.arange(start, start + len(batch), device=batch.device) + step * 2**32
+        noise = normal(items, batch[0].numel(), seed).view(batch.shape)
+        return (batch + value * noise).to(batch.dtype)
 
     whole = torch.ones((1, 1, *size), dtype=torch.float64, device=images.device)
     valid = [
