@@ -250,6 +250,46 @@ def test_eigencam_in_single_precision(scale: float) -> None:
     close((found.double() / scale), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@given(st.integers(1, 60), st.floats(0.05, 3), st.integers(1, 70), st.integers(0, 10**6))
+def test_eigenvectors_of_any_spectrum(
+    dtype: torch.dtype, size: int, decay: float, rank: int, seed: int
+) -> None:
+    """The Rayleigh quotient, which close eigenvalues leave as it is, and the eigenvector by its gap."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(2, size, size, generator=generator, dtype=torch.float64))
+    values = torch.arange(1, size + 1).double() ** -decay * (torch.arange(size) < rank)
+    gram = basis @ torch.diag(values) @ basis.mT
+    found = first_eigenvector(gram.to(dtype)).double()
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(found.norm(dim=1), torch.ones(2, dtype=torch.float64), atol=100 * eps)
+    quotient = torch.einsum("ni,nij,nj->n", found, gram, found)
+    assert torch.allclose(quotient, torch.ones(2, dtype=torch.float64), atol=100 * size * eps)
+    gap = 1 - (float(values[1]) if size > 1 else 0.0)
+    apart = 1 - (found * basis[:, :, 0]).sum(1).abs()
+    assert (apart.clamp(min=0).sqrt() < 100 * size * eps / gap + 10 * eps**0.5).all()
+
+
+def test_one_image_of_nan_spoils_no_other() -> None:
+    values = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1)).double()
+    alone = attr.EigenCam.weigh(values, None)
+    values[1, 2, 3] = torch.nan
+    result = attr.EigenCam.weigh(values, None)
+    assert result[1].isnan().all()
+    close(result[::2], alone[::2])
+
+
+@pytest.mark.parametrize("channels", [4, 30])
+def test_the_first_component_can_be_differentiated(channels: int) -> None:
+    values = torch.randn(2, channels, 9, generator=torch.Generator().manual_seed(4)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: attr.EigenCam.weigh(v, None), values)
+    (gradient,) = torch.autograd.grad(
+        attr.EigenCam.weigh(values, None).square().sum(), values, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_eigenvectors_of_zero_and_of_equal_eigenvalues() -> None:
     assert not first_eigenvector(torch.zeros(2, 4, 4, dtype=torch.float64)).any()
     vector = first_eigenvector(torch.eye(4, dtype=torch.float64)[None] * 3)
