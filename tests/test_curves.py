@@ -232,7 +232,16 @@ def test_the_preset_is_the_papers_settings():
     assert torch.equal(found.deletion.curves, same.deletion.curves)
     assert found.deletion.settings["preset"] == "rise2018" and found.deletion.settings["steps"] == 5
     assert "kernel 11" in found.insertion.settings["fill"] and found.deletion.settings["fill"] == 0.0
-    for wrong in ({"pixels_per_step": 10}, {"deletion_fill": 0.0}, {"score": "softmax"}, {"steps": 3}):
+    insertion_deletion(
+        model, x, maps, 1, preset="rise2018", deletion_fill=0, score="softmax"
+    )  # as it has them
+    for wrong in (
+        {"pixels_per_step": 10},
+        {"deletion_fill": 0.5},
+        {"insertion_fill": torch.zeros(3, 30, 31)},
+        {"score": "output"},
+        {"steps": 3},
+    ):
         with pytest.raises(ValueError, match="rise2018"):
             insertion_deletion(model, x, maps, 1, preset="rise2018", **wrong)
 
@@ -561,7 +570,7 @@ REFUSED = [
             ({"memory_limit": 0.5}, ValueError, "memory_limit must be an int of at least 1, but it is 0.5."),
             ({"seed": -1}, ValueError, "seed must be an int of at least 0 and at most 2147483647, but it is -1."),
             ({"steps": 0}, ValueError, "steps must be an int of at least 1"),
-            ({"preset": "rise"}, ValueError, "preset must be one of "),
+            ({"preset": "rise"}, ValueError, "preset must be None or one of "),
         )
     ),
     (insertion_deletion, {"mode": "all"}, ValueError, "mode must be 'both', 'insertion' or 'deletion', but it is "),
@@ -580,7 +589,7 @@ REFUSED = [
     (perturbation_curve, {"noise_range": (0, 1, 2)}, ValueError, "noise_range must be a low and a high end"),
     (perturbation_curve, {"noise_range": (1, 0)}, ValueError, "noise_range must go from a finite low end to a high"),
     (perturbation_curve, {"noise_range": ([0, 0], 1)}, ValueError, "each one number or 3 (one a channel)"),
-    (perturbation_curve, {"preset": "samek2017", "region": 9}, ValueError, "preset='samek2017' says what region is"),
+    (perturbation_curve, {"preset": "samek2017", "region": 8}, ValueError, "'samek2017' has region=9, but region is 8."),
 ]  # fmt: skip
 
 

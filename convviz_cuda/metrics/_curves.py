@@ -288,20 +288,6 @@ def check_evaluation(score: str, batch_size: int | None, memory_limit: int | Non
             check_int(name, value, 1)
 
 
-def settled(
-    preset: str | None, presets: dict[str, dict[str, Any]], given: dict[str, Any], usual: dict[str, Any]
-) -> dict[str, Any]:
-    """Settings: a preset's, else those given, else the usual ones. None is what was not given."""
-    if preset is None:
-        return {name: usual[name] if value is None else value for name, value in given.items()}
-    if preset not in presets:
-        raise ValueError(f"preset must be one of {', '.join(map(repr, presets))}, but it is {preset!r}.")
-    for name, value in given.items():
-        if value is not None and name in presets[preset]:
-            raise ValueError(f"preset={preset!r} says what {name} is: leave it out, or the preset.")
-    return settled(None, presets, given | presets[preset], usual)
-
-
 def bounds_of(noise_range: Any, images: Tensor) -> tuple[Tensor, Tensor] | None:
     """(low, high) as (C, 1, 1) float64; each may be a number or one number a channel."""
     if noise_range is None:

@@ -27,11 +27,11 @@ from ._curves import (
     predicted,
     ranked,
     region_sums,
-    settled,
     spread_over_pixels,
     target_of_each,
     uniform_fills,
 )
+from ._presets import settled
 from ._result import Metric, check_maps
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def insertion_deletion(
             is the class that each image is predicted as.
         mode: which of the two.
         preset: "rise2018", the settings of the paper: 224 pixels a step, deletion to 0, insertion over the image under
-            a blur of 11 pixels and sigma 5, softmax. Settings that a preset makes cannot be given beside it.
+            a blur of 11 pixels and sigma 5, softmax. Others beside it are refused.
         steps: of about equal size, from 1 to the number of pixels. Default 224; or
         pixels_per_step: the pixels of each step; the last one takes what is left.
         deletion_fill: what hides pixels: a number, one number a channel, "mean", "grey", "blur", "noise" or a tensor
@@ -237,7 +237,7 @@ def perturbation_curve(
             :func:`insertion_deletion`.
         order: which order, or both.
         preset: "samek2017", the settings of the paper: regions of 9 x 9 pixels, 100 steps, uniform noise, 10
-            repetitions. Settings that a preset makes cannot be given beside it.
+            repetitions. Others beside it are refused.
         region: pixels of a region, an int or (vertical, horizontal). Default 9.
         steps: L, how many regions are replaced. Default 100; at most the number of regions.
         fill: "uniform" (default): uniform noise within ``noise_range``, drawn anew for each image and repetition (but
