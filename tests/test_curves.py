@@ -589,7 +589,7 @@ REFUSED = [
     (perturbation_curve, {"noise_range": (0, 1, 2)}, ValueError, "noise_range must be a low and a high end"),
     (perturbation_curve, {"noise_range": (1, 0)}, ValueError, "noise_range must go from a finite low end to a high"),
     (perturbation_curve, {"noise_range": ([0, 0], 1)}, ValueError, "each one number or 3 (one a channel)"),
-    (perturbation_curve, {"preset": "samek2017", "region": 8}, ValueError, "'samek2017' has region=9, but region is 8."),
+    (perturbation_curve, {"preset": "samek2017", "region": 8}, ValueError, "has region=9, but region is 8."),
 ]  # fmt: skip
 
 
