@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import pays, winograd_conv2d, winograd_weight
+from .winograd import pays, winograd_conv2d, winograd_packed, winograd_weight
 
 Range = tuple[float, float]  # what an activation clamps to: (0, inf) is a ReLU
 
@@ -77,7 +77,7 @@ class Layer:
     activation: Range | None = None
     name: str = ""
     packed: Tensor | None = None  # oneDNN's own order of the weight
-    tiles: Tensor | None = None  # the weight in Winograd's domain
+    tiles: Tensor | None = None  # the weight in Winograd's domain, packed
 
     @property
     def size(self) -> tuple[int, int]:
@@ -120,7 +120,8 @@ class Layer:
         dilation = [axis.dilation for axis in self.windows]
         if self.tiles is not None and x.numel() and self._tiles_fit(x, padding):
             low, high = self.activation or (-math.inf, math.inf)
-            return winograd_conv2d(x, self.tiles, self.bias, list(padding), low, high)
+            results = self.weight.shape[0]
+            return winograd_conv2d(x, self.tiles, self.bias, list(padding), low, high, results)
         if self.packed is not None and x.numel():
             name, scalars = "none", []
             if self.activation == (0.0, math.inf):
@@ -169,7 +170,7 @@ class Layer:
             return
         assert self.windows is not None
         if self.is_tiled and pays(*weight.shape[1::-1]):
-            self.tiles = winograd_weight(weight)
+            self.tiles = winograd_packed(winograd_weight(weight))
         try:  # Ops of Inductor's: where they are missing or have changed, the plain convolution serves.
             self.packed = (
                 weight.flatten(1).contiguous()

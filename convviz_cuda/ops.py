@@ -46,7 +46,13 @@ from .window_ops import (
     sum_windows,
     window_mean,
 )
-from .winograd import winograd_conv2d, winograd_input, winograd_output, winograd_weight
+from .winograd import (
+    winograd_conv2d,
+    winograd_input,
+    winograd_output,
+    winograd_packed,
+    winograd_weight,
+)
 
 __all__ = [
     "FEW_CHANNELS",
@@ -73,6 +79,7 @@ __all__ = [
     "winograd_conv2d",
     "winograd_input",
     "winograd_output",
+    "winograd_packed",
     "winograd_weight",
 ]
 

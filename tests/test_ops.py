@@ -218,6 +218,9 @@ LARGE = {
     "pool_windows": lambda x: ops.pool_windows(*_sources(x), *_tables(x, 2), (9, 11), 3, 2, 1, low=0.0),
     "sum_windows": lambda x: ops.sum_windows(*_sources(x), *_tables(x, 1), low=0.0),
     "window_mean": lambda x: ops.window_mean(x.flatten(0, 1).contiguous(), (47, 61), 5, 2),
+    "winograd_conv2d": lambda x: ops.winograd_conv2d(
+        x, x[:, :, :8, :4].reshape(16, 67, -1)[..., :2], None, 1
+    ),
     "winograd_input": lambda x: ops.winograd_input(x, 1),
     "winograd_output": lambda x: ops.winograd_output(
         x.flatten()[: 82 * 16 * 67].view(-1, 16, 67), (2, 81, 2), x[0, :, 0, 0], 0.0
@@ -294,7 +297,7 @@ def threads():
 @pytest.mark.parametrize("op", LARGE)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_results_are_the_references_for_any_number_of_threads(op, layout, threads):
-    inexact = op in ("conv2d_input_grad", "sum_windows", "window_mean")
+    inexact = op in ("conv2d_input_grad", "sum_windows", "window_mean", "winograd_conv2d")
     x = ARRANGEMENTS[layout](drawing(F32, TIES if inexact else SPECIAL)(2, 67, 22, 30))
     results = []
     with serving("reference"):

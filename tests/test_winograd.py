@@ -122,10 +122,10 @@ def test_the_rows_geometries_convolved(subject, label, dtype):
         assert_same(result, winograd_conv2d_truth(x, weight, given_, padding=padding, **bounds))
 
 
-@pytest.mark.parametrize("at_once", [0, 40_000])
+@pytest.mark.parametrize("at_once", [0, 80_000])
 @each_subject
 def test_images_in_parts_are_images_at_once(subject, at_once, monkeypatch):
-    draw = drawing(F32, ())
+    draw = drawing(F64, ())  # float32 on the CPU has a kernel of its own
     x, weight, bias = draw(7, 9, 6, 5), draw(11, 9, 3, 3), draw(11)
     whole = convolved(subject, x, weight, bias, padding=1, low=0.0)
     parts = []
@@ -136,6 +136,37 @@ def test_images_in_parts_are_images_at_once(subject, at_once, monkeypatch):
     assert sum(parts) == 7 and len(parts) > 1 and parts[0] == (1 if at_once == 0 else 3)
     torch.testing.assert_close(result, whole)
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@each_subject
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 50), st.integers(3, 20), st.integers(3, 20)),
+    st.integers(1, 80),
+    st.integers(0, 2),
+    st.booleans(),
+    limits,
+    seeds,
+)
+def test_packed_weights(subject, shape, results, padding, biased, bounds, seed):
+    """Tails of vectors, of blocks of results and of tiles."""
+    draw = drawing(F32, (), seed)
+    x, weight, bias = draw(*shape), draw(results, shape[1], 3, 3), draw(results) if biased else None
+    packed = ops.winograd_packed(ops.winograd_weight(weight))
+    assert packed.shape == (-(-results // 32), 16, shape[1], 32)
+    with serving(subject):
+        result = ops.winograd_conv2d(x, packed, bias, padding, **bounds, results=results)
+    assert result.is_contiguous(memory_format=torch.channels_last) and result.shape[1] == results
+    assert_same(result, winograd_conv2d_truth(x, weight, bias, padding=padding, **bounds))
+
+
+def test_a_tile_is_the_same_whatever_is_beside_it(subject="cpu"):
+    """Images alone, together and in threads: the same bits."""
+    draw = drawing(F32, ())
+    x, packed = draw(9, 20, 13, 11), ops.winograd_packed(ops.winograd_weight(draw(40, 20, 3, 3)))
+    with serving(subject):
+        whole = ops.winograd_conv2d(x, packed, None, 1, results=40)
+        alone = torch.cat([ops.winograd_conv2d(part, packed, None, 1, results=40) for part in x.split(1)])
+    assert torch.equal(whole, alone)
 
 
 @pytest.mark.parametrize("results", [128, 256])
@@ -230,20 +261,20 @@ def test_a_bias_with_gaps(subject):
 
 
 def test_info_lists_the_ops():
-    assert {"winograd_input", "winograd_output"} <= set(convviz_cuda.info()["ops"])
+    assert {"winograd_conv2d", "winograd_input", "winograd_output"} <= set(convviz_cuda.info()["ops"])
     assert {case.op for case in WINOGRAD_CASES} == {"winograd_input", "winograd_output"}
 
 
 def test_it_pays_for_many_channels_only():
     assert ops.winograd_conv2d is winograd.winograd_conv2d
-    assert winograd.pays(192, 512) and winograd.pays(512, 192)
-    assert not winograd.pays(128, 512) and not winograd.pays(512, 64)
+    assert winograd.pays(16, 64) and winograd.pays(512, 32)
+    assert not winograd.pays(3, 64) and not winograd.pays(512, 16)
 
 
 # ------------------------------------------------------------------------------------------------ refused
 
 X, KERNELS, BIAS = torch.ones(2, 3, 5, 6), ops.winograd_weight(torch.ones(4, 3, 3, 3)), torch.ones(4)
-PRODUCTS = torch.ones(12, 16, 4)
+PRODUCTS, PACKED = torch.ones(12, 16, 4), ops.winograd_packed(KERNELS)
 
 
 def tiles(**changed):
@@ -260,6 +291,10 @@ def conv(**changed):
 
 def kernels(**changed):
     return ops.winograd_weight(**{"weight": torch.ones(4, 3, 3, 3)} | changed)
+
+
+def packed(**changed):
+    return ops.winograd_packed(**{"weight": KERNELS} | changed)
 
 
 @pytest.mark.parametrize("function", [tiles, maps, conv], ids=lambda f: f.__name__)
@@ -334,7 +369,15 @@ REFUSED = [
     (maps, {"size": (2, 3, 7)}, ValueError, "size must be (N, h, w) with 12 tiles, but it is (2, 3, 7)."),
     (maps, {"size": (2, -3, -7)}, ValueError, "but it is (2, -3, -7)."),
     (conv, {"weight": torch.ones(4, 3, 3, 3)}, ValueError, "weight must be (16, 3, Co), as winograd_weight makes it"),
-    (conv, {"weight": torch.ones(4, 3, 3, 3)}, ValueError, "(Co, 3, 3, 3), but its shape is (4, 3, 3, 3)."),
+    (conv, {"weight": torch.ones(4, 3, 3, 3)}, ValueError, "or that packed, but its shape is (4, 3, 3, 3)."),
+    (conv, {"weight": PACKED, "results": 33}, ValueError, "results must be the weight's, but it is 33 for a shape"),
+    (conv, {"weight": PACKED, "results": 0}, ValueError, "results must be the weight's, but it is 0 for a shape"),
+    (conv, {"results": 5}, ValueError, "results must be the weight's, but it is 5 for a shape (16, 3, 4)."),
+    (conv, {"weight": PACKED}, ValueError, "bias must have the shape (32,), but it has the shape (4,)."),
+    (conv, {"x": X.double(), "weight": PACKED.double(), "bias": None}, ValueError, "Packed weights are for float32"),
+    (conv, {"weight": PACKED[:, :, :2]}, ValueError, "or that packed, but its shape is (1, 16, 2, 32)."),
+    (packed, {"weight": KERNELS[0]}, ValueError, "weight must be (16, Ci, Co), but its shape is (3, 4)."),
+    (packed, {"weight": KERNELS.int()}, TypeError, "weight must be float64, float32, bfloat16 or float16, but"),
     (conv, {"weight": KERNELS[:, :2]}, ValueError, "but its shape is (16, 2, 4)."),
     (conv, {"weight": KERNELS[:9]}, ValueError, "but its shape is (9, 3, 4)."),
     (conv, {"weight": KERNELS.double()}, TypeError, "weight must be torch.float32 on cpu as x is, but"),
@@ -353,6 +396,6 @@ def test_bad_arguments(function, wrong, error, words):
     assert str(caught.value).endswith(".")
 
 
-@pytest.mark.parametrize("function", [tiles, maps, conv, kernels], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [tiles, maps, conv, kernels, packed], ids=lambda f: f.__name__)
 def test_good_arguments(function):
     assert torch.is_tensor(function())

@@ -1,0 +1,26 @@
+// A whole 3x3 convolution with stride 1 by F(2x2, 3x3) (winograd.h), for the CPU in float32: some tiles at a
+// time are transformed, multiplied and brought back while they are in the nearest caches. The matrix products
+// are done here, because a library's would have to write all products to memory: four times the bytes of the
+// result.
+#pragma once
+
+#include "kernels/types.h"
+
+namespace convviz {
+
+// Results that lie together in the packed weight; what is beyond the last is 0.
+constexpr int64_t kWinogradBlock = 32;
+
+struct WinogradConvArgs {
+  const float* x;       // [N, H, W, C]: channels_last
+  const float* weight;  // [ceil(K / 32), 16, C, 32]
+  const float* bias;    // [K] or null
+  float* out;           // [N, h, w, K]: channels_last
+  int64_t channels, results, height, width, out_height, out_width, pad_h, pad_w;
+  float low, high;
+};
+
+// Tiles n * rows * cols + row * cols + col of the result.
+void winograd_conv_cpu(const WinogradConvArgs& args, int64_t begin, int64_t end);
+
+}  // namespace convviz
