@@ -16,6 +16,7 @@ from torch import Tensor
 from .winograd import pays, winograd_conv2d, winograd_packed, winograd_weight
 
 Range = tuple[float, float]  # what an activation clamps to: (0, inf) is a ReLU
+WASTE = 1.8  # results that Winograd's tiles compute for one that is there: up to this many it is the faster way
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,9 @@ class Layer:
         return clamp_(out, activation)
 
     def _tiles_fit(self, x: Tensor, padding: Sequence[int]) -> bool:
-        """Whether Winograd's 2x2 tiles waste little at the edges of a result of this size."""
+        """Whether Winograd's 2x2 tiles do not waste at the edges of a result what they save."""
         height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
-        return (height + height % 2) * (width + width % 2) <= 1.2 * height * width
+        return (height + height % 2) * (width + width % 2) <= WASTE * height * width
 
     @property
     def is_linear(self) -> bool:
