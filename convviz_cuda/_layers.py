@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import pays, winograd_conv2d, winograd_packed, winograd_weight
+from .winograd import fits, pays, winograd_conv2d, winograd_packed
 
 Range = tuple[float, float]  # what an activation clamps to: (0, inf) is a ReLU
-WASTE = 1.8  # results that Winograd's tiles compute for one that is there: up to this many it is the faster way
+WASTE = (
+    1.8  # results that Winograd's tiles compute for one that is there: up to this many it is the faster way
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,11 @@ class Layer:
         assert self.windows is not None and self.weight is not None
         stride = [axis.stride for axis in self.windows]
         dilation = [axis.dilation for axis in self.windows]
-        if self.tiles is not None and x.numel() and self._tiles_fit(x, padding):
+        if (
+            self.tiles is not None
+            and x.numel()
+            and fits(*(n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)))
+        ):
             low, high = self.activation or (-math.inf, math.inf)
             results = self.weight.shape[0]
             return winograd_conv2d(x, self.tiles, self.bias, list(padding), low, high, results)
@@ -142,11 +148,6 @@ class Layer:
         bias, activation = (self.bias, self.activation) if finish else (None, None)
         out = F.conv2d(x, self.weight, bias, stride, padding, dilation, self.groups)
         return clamp_(out, activation)
-
-    def _tiles_fit(self, x: Tensor, padding: Sequence[int]) -> bool:
-        """Whether Winograd's 2x2 tiles do not waste at the edges of a result what they save."""
-        height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
-        return (height + height % 2) * (width + width % 2) <= WASTE * height * width
 
     @property
     def is_linear(self) -> bool:
@@ -171,7 +172,7 @@ class Layer:
             return
         assert self.windows is not None
         if self.is_tiled and pays(*weight.shape[1::-1]):
-            self.tiles = winograd_packed(winograd_weight(weight))
+            self.tiles = winograd_packed(weight)
         try:  # Ops of Inductor's: where they are missing or have changed, the plain convolution serves.
             self.packed = (
                 weight.flatten(1).contiguous()

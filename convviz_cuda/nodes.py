@@ -6,6 +6,7 @@ A node that follows a rule asks its session (:class:`convviz_cuda.backward_rule`
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks, ops
+from . import checks, ops, winograd
 from .reference import GRADIENT, IDENTITY, channels_last, conv2d_input_grad, memory_format
 
 # ------------------------------------------------------------------------------- batches of signals (vmap)
@@ -149,7 +150,13 @@ def _unpool(signal: Tensor, switches: Tensor, size: Any, geometry: Any, overwrit
 class Conv2d(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
-        out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if winograd.convolves(x, weight, stride, padding, dilation, groups):
+            packed = _call(winograd.winograd_pack_op, weight, False)
+            bias = None if bias is None else bias.contiguous()
+            bounds = -math.inf, math.inf
+            out = _call(winograd.winograd_conv2d_op, x, packed, bias, len(weight), list(padding), *bounds)
+        else:
+            out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         ctx.size, ctx.geometry, ctx.groups = x.shape[2:], (stride, padding, dilation), groups
         ctx.layout, ctx.dtype = memory_format(out), x.dtype
         ctx.save_for_backward(weight)
@@ -170,10 +177,21 @@ class Conv2d(Function):
 def conv2d_data_gradient(
     signal: Tensor, weight: Tensor, size: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """The signal at a convolution's input, by the faster way: see benchmarks/test_ops.py, group conv2d_input_grad."""
+    """The signal at a convolution's input, by the faster way: see benchmarks/test_ops.py, groups conv2d_input_grad and
+    winograd_conv2d."""
     measured = signal.device.type == "cpu" and signal.dtype == torch.float32 and channels_last(signal)
     if measured and groups == 1 and weight.shape[1] <= ops.FEW_CHANNELS:
         return _call(ops.conv2d_input_grad_op, signal, weight, size, stride, padding, dilation)
+    # No gradient goes through this op: a graph being recorded keeps the library's.
+    if (
+        measured
+        and not torch.is_grad_enabled()
+        and winograd.convolves(signal, weight, stride, padding, dilation, groups, flipped=True)
+    ):
+        packed = _call(winograd.winograd_pack_op, weight, True)
+        pads = [2 - p for p in padding]
+        bounds = -math.inf, math.inf
+        return _call(winograd.winograd_conv2d_op, signal, packed, None, weight.shape[1], pads, *bounds)
     return conv2d_input_grad(signal, weight, size, stride, padding, dilation, groups)
 
 

@@ -15,6 +15,7 @@ from op_cases import ARRANGEMENTS, serving, subjects
 from op_truth import Band, assert_same, is_dense
 from winograd_cases import (
     INPUTS,
+    WEIGHT,
     WINOGRAD_CASES,
     winograd_conv2d_truth,
     winograd_input_truth,
@@ -151,7 +152,7 @@ def test_packed_weights(subject, shape, results, padding, biased, bounds, seed):
     """Tails of vectors, of blocks of results and of tiles."""
     draw = drawing(F32, (), seed)
     x, weight, bias = draw(*shape), draw(results, shape[1], 3, 3), draw(results) if biased else None
-    packed = ops.winograd_packed(ops.winograd_weight(weight))
+    packed = ops.winograd_packed(weight)
     assert packed.shape == (-(-results // 32), 16, shape[1], 32)
     with serving(subject):
         result = ops.winograd_conv2d(x, packed, bias, padding, **bounds, results=results)
@@ -159,10 +160,30 @@ def test_packed_weights(subject, shape, results, padding, biased, bounds, seed):
     assert_same(result, winograd_conv2d_truth(x, weight, bias, padding=padding, **bounds))
 
 
+@each_subject
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.sampled_from(sorted(ARRANGEMENTS)),
+    st.booleans(),
+    seeds,
+)
+def test_packing(subject, channels, arrangement, flipped, seed):
+    """The matrices of the definition in float64, rounded once; turned around and transposed if asked for."""
+    weight = ARRANGEMENTS[arrangement](drawing(F32, (), seed)(*channels, 3, 3))
+    with serving(subject):
+        result = ops.winograd_packed(weight, flipped)
+    turned = weight.transpose(0, 1).flip(2, 3) if flipped else weight
+    g = torch.tensor(WEIGHT, dtype=F64)
+    expected = torch.einsum("ij,ocjk,lk->ilco", g, turned.double(), g).flatten(0, 1)
+    found = result.permute(1, 2, 0, 3).flatten(2)
+    assert result.is_contiguous() and not found[:, :, len(turned) :].any()
+    torch.testing.assert_close(found[:, :, : len(turned)].double(), expected, rtol=1e-7, atol=1e-7)
+
+
 def test_a_tile_is_the_same_whatever_is_beside_it(subject="cpu"):
     """Images alone, together and in threads: the same bits."""
     draw = drawing(F32, ())
-    x, packed = draw(9, 20, 13, 11), ops.winograd_packed(ops.winograd_weight(draw(40, 20, 3, 3)))
+    x, packed = draw(9, 20, 13, 11), ops.winograd_packed(draw(40, 20, 3, 3))
     with serving(subject):
         whole = ops.winograd_conv2d(x, packed, None, 1, results=40)
         alone = torch.cat([ops.winograd_conv2d(part, packed, None, 1, results=40) for part in x.split(1)])
@@ -274,7 +295,7 @@ def test_it_pays_for_many_channels_only():
 # ------------------------------------------------------------------------------------------------ refused
 
 X, KERNELS, BIAS = torch.ones(2, 3, 5, 6), ops.winograd_weight(torch.ones(4, 3, 3, 3)), torch.ones(4)
-PRODUCTS, PACKED = torch.ones(12, 16, 4), ops.winograd_packed(KERNELS)
+PRODUCTS, PACKED = torch.ones(12, 16, 4), ops.winograd_packed(torch.ones(4, 3, 3, 3))
 
 
 def tiles(**changed):
@@ -294,7 +315,7 @@ def kernels(**changed):
 
 
 def packed(**changed):
-    return ops.winograd_packed(**{"weight": KERNELS} | changed)
+    return ops.winograd_packed(**{"weight": torch.ones(4, 3, 3, 3)} | changed)
 
 
 @pytest.mark.parametrize("function", [tiles, maps, conv], ids=lambda f: f.__name__)
@@ -376,8 +397,9 @@ REFUSED = [
     (conv, {"weight": PACKED}, ValueError, "bias must have the shape (32,), but it has the shape (4,)."),
     (conv, {"x": X.double(), "weight": PACKED.double(), "bias": None}, ValueError, "Packed weights are for float32"),
     (conv, {"weight": PACKED[:, :, :2]}, ValueError, "or that packed, but its shape is (1, 16, 2, 32)."),
-    (packed, {"weight": KERNELS[0]}, ValueError, "weight must be (16, Ci, Co), but its shape is (3, 4)."),
-    (packed, {"weight": KERNELS.int()}, TypeError, "weight must be float64, float32, bfloat16 or float16, but"),
+    (packed, {"weight": torch.ones(4, 3, 3, 1)}, ValueError, "weight must be (Co, Ci, 3, 3), but its shape is"),
+    (packed, {"weight": torch.ones(4, 3, 3, 3).double()}, TypeError, "must be float32 on the CPU, but it is torch.f"),
+    (packed, {"weight": X.int()}, TypeError, "weight must be float64, float32, bfloat16 or float16, but"),
     (conv, {"weight": KERNELS[:, :2]}, ValueError, "but its shape is (16, 2, 4)."),
     (conv, {"weight": KERNELS[:9]}, ValueError, "but its shape is (9, 3, 4)."),
     (conv, {"weight": KERNELS.double()}, TypeError, "weight must be torch.float32 on cpu as x is, but"),
@@ -399,3 +421,98 @@ def test_bad_arguments(function, wrong, error, words):
 @pytest.mark.parametrize("function", [tiles, maps, conv, kernels, packed], ids=lambda f: f.__name__)
 def test_good_arguments(function):
     assert torch.is_tensor(function())
+
+
+# ----------------------------------------------------------------------------------- in the backward engine
+
+NATIVE = pytest.mark.skipif(
+    convviz_cuda.info()["ops"]["winograd_conv2d"]["cpu"] != "c++", reason="there is no native kernel"
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes of the weights that the op was called with."""
+    seen = []
+    op = winograd.winograd_conv2d_op
+    monkeypatch.setattr(
+        winograd, "winograd_conv2d_op", lambda x, w, *a: seen.append(tuple(w.shape)) or op(x, w, *a)
+    )
+    return seen
+
+
+def wide(padding=1):
+    """32 and 48 channels; the smooth activation between them has no gate that rounding could flip."""
+    torch.manual_seed(3)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 5, stride=2), torch.nn.Softplus(),
+        torch.nn.Conv2d(32, 48, 3, padding=padding), torch.nn.Softplus(),
+        torch.nn.Conv2d(48, 32, 3, padding=padding, bias=False), torch.nn.Flatten(), torch.nn.LazyLinear(4),
+    )  # fmt: skip
+
+
+@NATIVE
+@pytest.mark.parametrize("padding", [0, 1, 2, (2, 0)], ids=str)
+def test_the_engine_convolves_by_tiles_where_it_is_faster(padding, calls):
+    model, x = wide(padding), torch.randn(3, 3, 41, 37, generator=torch.Generator().manual_seed(1))
+    model(x)
+    model = model.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with convviz_cuda.backward_rule("gradient"):
+        scores = model(x)
+    assert calls == [(2, 16, 32, 32), (1, 16, 48, 32)]
+    (found,) = torch.autograd.grad(scores[:, 1].sum(), x, retain_graph=True)
+    assert calls[2:] == [(2, 16, 32, 32), (1, 16, 48, 32)]
+    exact = x.detach().double().requires_grad_()
+    expected = model.double()(exact)
+    (gradient,) = torch.autograd.grad(expected[:, 1].sum(), exact)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (found.double() - gradient).abs().max() < 1e-5 * gradient.abs().max()
+
+
+@NATIVE
+def test_double_backward_autocast_and_other_layouts_keep_the_librarys_convolution(calls):
+    model, x = wide(), torch.randn(3, 3, 41, 37, generator=torch.Generator().manual_seed(1))
+    model(x)
+    with convviz_cuda.backward_rule("gradient"):
+        model(x.requires_grad_())  # contiguous
+    with torch.autocast("cpu", torch.bfloat16), convviz_cuda.backward_rule("gradient"):
+        model(x.contiguous(memory_format=torch.channels_last))
+    assert not calls
+    x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradients = []
+    for kind in (torch.float32, torch.float64):
+        exact, given = model.to(kind), x.detach().to(kind).requires_grad_()
+        with convviz_cuda.backward_rule("gradient"):
+            (first,) = torch.autograd.grad(exact(given)[:, 1].sum(), given, create_graph=True)
+        gradients.append(torch.autograd.grad(first.square().sum(), given)[0].double())
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[1].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"flipped": True, "weight": torch.ones(64, 32, 3, 3)}, True),
+        ({"flipped": True}, False),
+        ({"stride": (2, 1)}, False),
+        ({"dilation": (1, 2)}, False),
+        ({"groups": 2}, False),
+        ({"padding": (3, 0)}, False),
+        ({"weight": torch.ones(64, 16, 3, 1)}, False),
+        ({"weight": torch.ones(64, 16, 3, 3).double()}, False),
+        ({"weight": torch.ones(64, 8, 3, 3), "x": (2, 8, 30, 30)}, False),
+        ({"x": (1, 16, 12, 12)}, False),
+        ({"x": (99, 16, 3, 3), "padding": (0, 0)}, False),
+        ({"x": (0, 16, 30, 30)}, False),
+    ],
+    ids=str,
+)
+@NATIVE
+def test_which_convolutions_it_does(changed, expected):
+    given = {"x": (2, 16, 30, 30), "weight": torch.ones(64, 16, 3, 3), "stride": (1, 1), "padding": (1, 1),
+             "dilation": (1, 1), "groups": 1} | changed  # fmt: skip
+    size = given["x"] if not given.get("flipped") else (2, 64, 30, 30)
+    x = torch.ones(size).contiguous(memory_format=torch.channels_last)
+    assert winograd.convolves(**given | {"x": x}) is expected
+    assert not winograd.convolves(**given | {"x": torch.ones(size).contiguous()}) or not x.numel()

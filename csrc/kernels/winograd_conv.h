@@ -20,6 +20,18 @@ struct WinogradConvArgs {
   float low, high;
 };
 
+// Weights in Winograd's domain, packed; also those of the convolution's data gradient (`flipped`), which is a
+// convolution with the filters turned around and the channels' roles exchanged.
+struct WinogradPackArgs {
+  const float* weight;  // of `results` filters of `channels` planes, with these strides
+  float* out;           // [ceil(results / 32), 16, channels, 32]
+  int64_t channels, results, result_stride, channel_stride, row_stride, col_stride;
+  bool flipped;
+};
+
+int64_t winograd_pack_items(const WinogradPackArgs& args);
+void winograd_pack_cpu(const WinogradPackArgs& args, int64_t begin, int64_t end);
+
 // Tiles n * rows * cols + row * cols + col of the result.
 void winograd_conv_cpu(const WinogradConvArgs& args, int64_t begin, int64_t end);
 

@@ -216,7 +216,61 @@ struct Prepared {
   }
 };
 
+constexpr int64_t CHANNELS =
+    8;  // packed together, so that memory is read and written in pieces of some lines
+
+// The filters of 32 results for eight channels, in float64: they are rounded once.
+struct Filters {
+  WinogradPackArgs args;
+
+  CONVVIZ_HD void operator()(int64_t i) const {
+    constexpr int64_t B = kWinogradBlock, MOST = CHANNELS * B;
+    const int64_t groups = ceil_div(args.channels, CHANNELS), block = i / groups,
+                  first = i % groups * CHANNELS;
+    const int64_t results = min_of(B, args.results - block * B),
+                  channels = min_of(CHANNELS, args.channels - first);
+    const float* from = args.weight + block * B * args.result_stride + first * args.channel_stride;
+    double filter[9][MOST] = {}, half[4][3][MOST];
+    for (int64_t l = 0; l < results; ++l) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t y = 0; y < 3; ++y) {
+          for (int64_t x = 0; x < 3; ++x) {
+            const int64_t place = args.flipped ? 8 - 3 * y - x : 3 * y + x;
+            filter[place][c * B + l] = from[l * args.result_stride + c * args.channel_stride +
+                                            y * args.row_stride + x * args.col_stride];
+          }
+        }
+      }
+    }
+    const int64_t count = channels * B, step = args.channels * B;
+    for (int x = 0; x < 3; ++x) {
+      along(filter[x], filter[3 + x], filter[6 + x], half[0][x], half[1][x], half[2][x], half[3][x], count);
+    }
+    float* to = args.out + (block * 16 * args.channels + first) * B;
+    for (int y = 0; y < 4; ++y, to += 4 * step) {
+      along(half[y][0], half[y][1], half[y][2], to, to + step, to + 2 * step, to + 3 * step, count);
+    }
+  }
+
+  template <class T>
+  static CONVVIZ_HD void along(const double* a, const double* b, const double* c, T* first, T* sum,
+                               T* difference, T* last, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) first[i] = static_cast<T>(a[i]);
+    for (int64_t i = 0; i < count; ++i) sum[i] = static_cast<T>(0.5 * (a[i] + c[i] + b[i]));
+    for (int64_t i = 0; i < count; ++i) difference[i] = static_cast<T>(0.5 * (a[i] + c[i] - b[i]));
+    for (int64_t i = 0; i < count; ++i) last[i] = static_cast<T>(c[i]);
+  }
+};
+
 }  // namespace
+
+int64_t winograd_pack_items(const WinogradPackArgs& args) {
+  return ceil_div(args.results, kWinogradBlock) * ceil_div(args.channels, CHANNELS);
+}
+
+void winograd_pack_cpu(const WinogradPackArgs& args, int64_t begin, int64_t end) {
+  run_widest(EachItem<Filters>{{args}}, begin, end);
+}
 
 void winograd_conv_cpu(const WinogradConvArgs& args, int64_t begin, int64_t end) {
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -54,11 +54,31 @@ Tensor winograd_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int6
   return out;
 }
 
+Tensor winograd_pack(Tensor weight, bool flipped) {
+  const char* op = "winograd_pack";
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+                      weight.scalar_type() == torch::headeronly::ScalarType::Float,
+                  op, ": weight must be [Co, Ci, 3, 3], float32.");
+  const int result = flipped ? 1 : 0;
+  const int64_t results = weight.size(result), channels = weight.size(1 - result);
+  const int64_t blocks = ceil_div(results, kWinogradBlock), step = channels * kWinogradBlock;
+  Tensor out = empty_strided({blocks, 16, channels, kWinogradBlock}, {16 * step, step, kWinogradBlock, 1},
+                             weight.scalar_type(), weight);
+  if (out.numel() == 0) return out;
+  const WinogradPackArgs args{
+      read<float>(weight),       write<float>(out), channels,         results, weight.stride(result),
+      weight.stride(1 - result), weight.stride(2),  weight.stride(3), flipped};
+  parallel(winograd_pack_items(args), 200 * kWinogradBlock,
+           [&](int64_t begin, int64_t end) { winograd_pack_cpu(args, begin, end); });
+  return out;
+}
+
 }  // namespace
 
 // On a GPU the convolution is left to winograd_input, the library's products and winograd_output.
 STABLE_TORCH_LIBRARY_IMPL(convviz, CPU, m) {
   m.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
+  m.impl("winograd_pack", TORCH_BOX(&winograd_pack));
 }
 
 }  // namespace convviz
