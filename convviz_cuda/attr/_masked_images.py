@@ -104,6 +104,8 @@ class MaskedImages:
         """How many images one forward takes; sets the layout in which they are passed on."""
         if self.count <= FEW_VARIANTS:  # the checks would take longer
             return min(self.count, batch_size or 1)
+        if batch_size is not None:
+            batch_size = min(self.count, batch_size)
         device = self.images.device.type
         at_once = min(
             self.count,
