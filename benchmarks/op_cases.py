@@ -287,7 +287,8 @@ def winograd(results: int) -> Callable[[Make, tuple[int, ...]], Sides]:
     def prepare(make: Make, shape: tuple[int, ...]) -> Sides:
         x, bias = make(shape), make((results, 1, 1, 1)).flatten()
         weight = make((results, shape[1], 3, 3)) / (9 * shape[1]) ** 0.5
-        tiles = ops.winograd_weight(weight)
+        packs = x.device.type == "cpu" and x.dtype == torch.float32
+        tiles = ops.winograd_packed(weight) if packs else ops.winograd_weight(weight)
         out = shape[0] * results * shape[2] * shape[3] * x.element_size()
         return Sides(
             lambda: ops.winograd_conv2d(x, tiles, bias, 1, 0.0),
@@ -325,7 +326,10 @@ IMAGES = (8, 3, 224, 224)
 # Changed rectangles of 16 variants, as SqueezeNet and ResNet have them.
 RECTANGLES = ((16, 64, 40, 40), (16, 128, 28, 28), (16, 256, 16, 16), (16, 512, 8, 8))
 # Inputs and results of 3x3 convolutions on changed rectangles, as ResNet and VGG have them.
-TILED = (((4, 256, 14, 14), 256), ((4, 512, 13, 13), 512), ((12, 512, 7, 7), 512), ((16, 128, 28, 28), 128))
+TILED = (
+    ((24, 16, 14, 14), 64), ((24, 48, 15, 13), 192), ((2, 64, 224, 224), 64), ((16, 128, 28, 28), 128),
+    ((4, 256, 14, 14), 256), ((8, 512, 14, 14), 512), ((12, 512, 7, 7), 512),
+)  # fmt: skip
 SQUEEZE, VGG, VGG3 = (8, 96, 109, 109), (2, 64, 224, 224), (8, 256, 56, 56)
 CASES = (
     Case("relu", "SqueezeNet conv1", SQUEEZE, relu),
