@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from attribution_cases import Plain, Reused, built, images, state
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
@@ -294,6 +296,37 @@ def test_topk_iou_by_hand() -> None:
     valid[3, 4] = False
     assert alike.topk_iou(a, b, valid, 0.2).item() == 1.0
     assert alike.topk_iou(a * 0, b, valid, 0.2).isnan().all()
+
+
+def test_topk_iou_of_sparse_maps_and_ties() -> None:
+    valid = torch.ones(20, 20, dtype=torch.bool)
+    a, b, c = (torch.zeros(1, 20, 20) for _ in range(3))
+    a[0, 2, 3:8], b[0, 11, 3:8], c[0, 2, 6:11] = 1.0, 1.0, 1.0
+    assert alike.topk_iou(a, b, valid, 0.1).item() == 0.0  # disjoint, though each has 395 equal zeros
+    assert alike.topk_iou(a, a, valid, 0.1).item() == 1.0
+    assert alike.topk_iou(a, c, valid, 0.1).item() == pytest.approx(2 / 8)
+    a[0, 19], b[0, 0] = -1.0, -1.0  # the zeros are no minimum now
+    assert alike.topk_iou(a, b, valid, 0.1).item() == 0.0
+    # More of the largest than the share has room for: all of them.
+    assert alike.topk_iou(a, c, valid, 0.005).item() == pytest.approx(2 / 8)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.1, 0.3, 0.99]))
+def test_topk_iou_by_counting(seed: int, top: float) -> None:
+    rng = np.random.default_rng(seed)
+    maps = rng.integers(0, 6, (2, 5, 4)).astype(float)
+    room = max(1, round(top * 20))
+
+    def strongest(one: np.ndarray) -> set[int]:
+        values = one.ravel().tolist()
+        fits = {i for i, v in enumerate(values) if sum(w >= v for w in values) <= room}
+        return fits or {i for i, v in enumerate(values) if v == max(values)}
+
+    first, second = map(strongest, maps)
+    a, b = torch.from_numpy(maps)[:, None]
+    for x, y in ((a, b), (a.flip(1), b.flip(1))):  # the order of the pixels decides nothing
+        found = alike.topk_iou(x, y, torch.ones(5, 4, dtype=torch.bool), top).item()
+        assert found == pytest.approx(len(first & second) / len(first | second))
 
 
 # ------------------------------------------------------------------------------------------- equivariance

@@ -22,7 +22,7 @@ from ..attr._taps import tapped
 from ..checks import check_images
 from ..progress import Progress
 from ._explain import Explainer, examples, predicted
-from ._similarity import DEFAULT, Similarities, check_similarities, similar
+from ._similarity import DEFAULT, Similarities, check_similarities, described, similar
 
 MODES = ("cascading", "independent")
 INITIALISATIONS = ("reset", "normal")
@@ -139,11 +139,10 @@ def model_randomization(
         "mode": mode,
         "seed": int(seed),
         "initialisation": initialisation,
-        "top": top,
+        **described(measures, top),
         "target": "predicted" if given_target is None else given_target,
         "method": getattr(method, "__qualname__", type(method).__qualname__),
         "arguments": {name: repr(value) for name, value in kwargs.items()},
-        "ssim": "Gaussian window of 11 pixels, sigma 1.5, maps divided by their largest magnitude",
     }
     return Similarities("model_randomization", names, found, settings)
 

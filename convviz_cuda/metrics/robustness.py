@@ -21,7 +21,7 @@ from ..mask_ops import philox
 from ..progress import Progress
 from ._explain import Explainer, check_method, examples
 from ._result import Metric
-from ._similarity import DEFAULT, Similarities, check_similarities, similar
+from ._similarity import DEFAULT, Similarities, check_similarities, described, similar
 
 WORD = 2.0**-32
 
@@ -492,14 +492,13 @@ def equivariance(
                 progress.advance(len(part))
     settings = {
         "transform": transform,
-        "top": top,
+        **described(names, top),
         "absolute": bool(absolute),
         "fill": fill,
         "seed": int(seed) if transform == "noise" else None,
         "target": target,
         "method": _name(method),
         "arguments": {name: repr(value) for name, value in kwargs.items()},
-        "ssim": "Gaussian window of 11 pixels, sigma 1.5, maps divided by their largest magnitude",
     }
     return Similarities("equivariance", steps, found, settings)
 
