@@ -58,6 +58,15 @@ class drawn_from(TorchDispatchMode):
         return (input * keep * (0.0 if p == 1 else 1 / (1 - p))).to(input.dtype), keep
 
 
+class drawn_as_usual(drawn_from):
+    """Inside a block of :class:`drawn_from`: random numbers come from PyTorch's global generators again."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.default_generator)
+        for index, generator in enumerate(torch.cuda.default_generators):
+            self.generators[torch.device("cuda", index)] = generator
+
+
 @functools.cache
 def _given_generator(func: Any) -> tuple[Any, bool]:
     """An operation, or its overload that takes a generator, and whether it takes one."""
