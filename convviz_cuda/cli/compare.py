@@ -1,16 +1,19 @@
-"""``convviz compare``: one table of methods and the metrics that judge their maps, with two controls."""
+"""``convviz compare``: one table of methods and the metrics that judge their maps, with three controls."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -25,7 +28,8 @@ from .console import arguments, say
 from .experiments import FIRST_SET, SIDE, Subject
 from .methods import Method, Options, attribute_class
 
-RANDOM, CENTRE = "random map", "centre map"
+RANDOM, BLOBS, CENTRE = "random map", "random blobs", "centre map"
+GRAIN = 7  # blobs a side, as coarse as the maps of a network's last layers
 STEPS = 64  # of insertion and deletion
 NORMALISE = "max"  # of average drop, as Grad-CAM++ has it
 TOLERANCE = 3  # pixels from the object at which the pointing game still counts a hit
@@ -68,14 +72,22 @@ def importance(attributions: Tensor) -> Tensor:
 
 
 def controls(images: Tensor) -> dict[str, Tensor]:
-    """Maps that know nothing of the model: noise, and a hill in the middle."""
+    """Maps that know nothing of the model: noise of pixels, noise as smooth as a CAM, and a hill in the middle.
+
+    Pixels deleted here and there ruin a photograph for many networks sooner than the loss of the object does. So noise
+    of pixels may win at deletion, and says little there; of the same grain, a map that knows something must be better.
+    """
     count, _, height, width = images.shape
-    noise = torch.stack(
-        [torch.rand(height, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    )
+
+    def noise(*size: int) -> Tensor:
+        return torch.stack(
+            [torch.rand(size, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+        )
+
+    blobs = F.interpolate(noise(1, GRAIN, GRAIN), (height, width), mode="bilinear")[:, 0]
     y, x = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in (height, width))
     hill = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * (min(height, width) / 4) ** 2))
-    return {RANDOM: noise, CENTRE: hill.repeat(count, 1, 1)}
+    return {RANDOM: noise(height, width), BLOBS: blobs, CENTRE: hill.repeat(count, 1, 1)}
 
 
 def compare(
@@ -135,7 +147,7 @@ def compare(
                 "method": name,
                 "options": given,
                 **_judged(shown.model, images, maps, targets, truth),
-                "seconds": None if name in (RANDOM, CENTRE) else seconds,
+                "seconds": None if name in (RANDOM, BLOBS, CENTRE) else seconds,
                 "batch_size": batch_size,
             }
             known[identity] = settings, row
@@ -271,9 +283,19 @@ def _markdown(table: list[dict[str, Any]], randomize: bool) -> str:
 
 
 def _print(table: list[dict[str, Any]], count: int, randomize: bool) -> None:
-    shown = Table(title=f"Methods, over {count} images", title_justify="left")
+    # As narrow as it goes, because all of it has to fit into 80 columns.
+    shown = Table(
+        title=f"Methods, over {count} images", title_justify="left", box=box.SIMPLE_HEAD, padding=0,
+        pad_edge=False, show_edge=False,
+    )  # fmt: skip
     for head in _heads(randomize):
-        shown.add_column(head, justify="left" if head == "method" else "right")
+        first = head == "method"
+        shown.add_column(
+            textwrap.fill(head, 7, break_long_words=False),
+            justify="left" if first else "right",
+            no_wrap=first,
+            vertical="bottom",
+        )
     for row in table:
         shown.add_row(*_cells(row, randomize))
     Console().print(shown)
