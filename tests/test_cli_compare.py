@@ -20,7 +20,7 @@ from convviz_cuda.cli.experiments import FIRST_SET, SIDE
 from convviz_cuda.loading import load_model
 from convviz_cuda.localization import localize
 
-COUNT = 12
+COUNT = 8
 CONTROLS = ("random map", "random blobs", "centre map")
 
 
@@ -35,7 +35,7 @@ def rows(out) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("compare")
-    result = run(out, "--methods", "gradcam,rise,guided", "--masks", 150)
+    result = run(out, "--methods", "gradcam,rise,guided", "--masks", 100)
     assert result.exit_code == 0, result.output
     return out, result.output
 
@@ -120,13 +120,13 @@ def everything(out: Path) -> dict[str, dict]:
 def test_what_is_there_is_not_done_again(copied, monkeypatch: pytest.MonkeyPatch) -> None:
     before = rows(copied)
     asked = watch(monkeypatch)
-    result = run(copied, "--methods", "gradcam,rise,guided,eigencam", "--masks", 150)
+    result = run(copied, "--methods", "gradcam,rise,guided,eigencam", "--masks", 100)
     assert result.exit_code == 0, result.output
     assert {name for name, _, _ in asked} == {"eigencam"}
     after = rows(copied)
     assert {name: after[name] for name in before} == before
-    run(copied, "--methods", "gradcam,rise,guided", "--masks", 151)  # other masks, another row
-    assert rows(copied)["rise"]["options"]["masks"] == 151 and rows(copied)["gradcam"] == before["gradcam"]
+    run(copied, "--methods", "gradcam,rise,guided", "--masks", 20)  # other masks, another row
+    assert rows(copied)["rise"]["options"]["masks"] == 20 and rows(copied)["gradcam"] == before["gradcam"]
     assert before["rise"]["id"] in everything(copied)
 
 
@@ -269,6 +269,7 @@ def test_photographs_have_no_truth(work, tmp_path) -> None:  # noqa: F811
     assert np.asarray(Image.open(work / "photos" / "a.png")).shape == (40, 60, 3)
 
 
+@pytest.mark.slow
 def test_real_photographs(squeezenet_weights, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several sizes, in colour, grey and with transparency, by a network that knows what is in them."""
     data = pytest.importorskip("skimage.data")
