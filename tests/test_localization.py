@@ -143,6 +143,15 @@ def test_maps_of_other_shapes_types_and_sizes():
     assert none.boxes.shape == (0, 4) and none.masks.shape == (0, 6, 6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["cam20", 0.3, "graphcut"])
+def test_maps_of_a_gpu(rule):
+    generator = torch.Generator().manual_seed(0)
+    maps, images = torch.rand(3, 9, 8, generator=generator), torch.rand(3, 3, 9, 8, generator=generator)
+    found, expected = localize(maps.cuda(), rule, images=images.cuda()), localize(maps, rule, images=images)
+    assert torch.equal(found.masks, expected.masks) and torch.equal(found.boxes, expected.boxes)
+
+
 # ------------------------------------------------------------------------------------------- the minimum cut
 
 

@@ -149,6 +149,7 @@ def test_quantus_is_not_imported() -> None:
 # ------------------------------------------------------------------------------------------ the library itself
 
 
+@pytest.mark.torchvision
 def test_its_metrics_on_our_maps(quantus) -> None:
     model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
     maps = attr.Saliency(model).attribute(x, 1).sum(1)
@@ -170,6 +171,7 @@ def test_its_metrics_on_our_maps(quantus) -> None:
     assert found.values.isfinite().all() and torch.equal(found.values, again.values)
 
 
+@pytest.mark.torchvision
 @pytest.mark.parametrize("name", ["MPRT", "EfficientMPRT", "RandomLogit", "Completeness"])
 def test_its_metrics_leave_the_model_alone(quantus, name: str) -> None:
     """Those that seed PyTorch's generator and give layers other weights."""
@@ -188,6 +190,7 @@ def test_its_metrics_leave_the_model_alone(quantus, name: str) -> None:
     )
 
 
+@pytest.mark.torchvision
 def test_its_metrics_call_our_methods(quantus) -> None:
     model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
     metric = quantus.MaxSensitivity(

@@ -29,10 +29,9 @@ def wobble(x, radius: float = 0.3):
     """A perturbation that depends on the row, so that samples differ, and on nothing else."""
     if isinstance(x, tuple):
         return tuple(wobble(one, radius) for one in x)
-    row = torch.arange(len(x), dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
-    return x + radius * torch.sin(
-        7 * row + torch.linspace(0, 9, x[0].numel(), dtype=x.dtype).view(x.shape[1:])
-    )
+    row = torch.arange(len(x), dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
+    line = torch.linspace(0, 9, x[0].numel(), dtype=x.dtype, device=x.device)
+    return x + radius * torch.sin(7 * row + line.view(x.shape[1:]))
 
 
 def wobble_alone(x):
@@ -726,3 +725,25 @@ def test_progress_and_callers_contexts(capsys: pytest.CaptureFixture[str]) -> No
     assert low.dtype == torch.float32 and low.isfinite().all()
     half = metrics.sensitivity_max(attr.Saliency(model.bfloat16()).attribute, x.bfloat16(), target=1)
     assert half.dtype == torch.float32 and half.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same() -> None:
+    model, x = built(Plain), images(4, 16)
+    about = {"target": [0, 1, 2, 3]}
+
+    def everything(device: str) -> list[Tensor]:
+        of, given = model.to(device), x.to(device)
+        explain = attr.InputXGradient(of)
+        found = [
+            metrics.sensitivity_max(explain.attribute, given, **about),
+            metrics.infidelity(of, both, given, given, n_perturb_samples=4, **about),
+        ]
+        for transform, values in {"noise": [0.1], "rotation": [10.0], "translation": [(2, -1)]}.items():
+            alike = metrics.equivariance(explain, given, transform, values, absolute=True, **about)
+            found += alike.values.values()
+        found += metrics.model_randomization(of, attr.InputXGradient, given, [0, 1, 2, 3]).values.values()
+        return [one.cpu() for one in found]
+
+    for one, other in zip(everything("cuda"), everything("cpu"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
