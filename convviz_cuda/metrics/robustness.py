@@ -140,7 +140,7 @@ def sensitivity_max(
     """The largest relative change of an explanation under small perturbations, with Captum's signature.
 
     ``max |A(x + d) - A(x)| / |A(x)|`` over samples of d; where A(x) is zero, it is not divided. Source: Yeh et al., "On
-    the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), definition 3.
+    the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), section 3.
 
     Args:
         explanation_func: gives the explanation (tensor or tuple, a row for each example) of inputs, a method's
@@ -261,7 +261,7 @@ def infidelity(
 ) -> Tensor | Metric:
     """The mean square error of ``sum(perturbation * attribution)`` as the fall of the score, with Captum's signature.
 
-    Source: Yeh et al., "On the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), definition 2.
+    Source: Yeh et al., "On the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), section 2.
 
     Args:
         forward_func: a model or any callable that returns scores.
