@@ -114,7 +114,7 @@ def test_functions_draw_without_the_global_generator():
 def test_a_module_in_evaluation_mode_runs_without_a_mode():
     model = built().eval()
     with evaluated(model):
-        assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 @pytest.mark.filterwarnings("ignore:The model is in training mode")
