@@ -109,6 +109,7 @@ def compare(
         "parameters": digest({name: described(value) for name, value in shown.model.state_dict().items()}),
         "device": _device(images),
         "target": "predicted" if truth is None else "label",
+        "targets": list(targets),
         "steps": STEPS,
         "insertion_fill": "blur (11 pixels, sigma 5)",
         "deletion_fill": "0: the mean colour",
