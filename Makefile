@@ -81,7 +81,7 @@ $(ENVS:=/with-test): %/with-test: pyproject.toml %/with-run
 
 # Where a peer cannot be installed, the tests against it are skipped with that reason.
 $(CUDA_VENV)/with-peers: pyproject.toml $(CUDA_VENV)/with-test
-	@$(PIP) install -qq --group peers || echo "pytorch-grad-cam could not be installed: it is not compared with."
+	@$(PIP) install -qq --group peers || echo "The libraries to compare with could not be installed: their tests skip."
 	@touch $@
 
 $(ENVS:=/with-lint): %/with-lint: pyproject.toml | %/made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -42,13 +43,38 @@ class drawn_from(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        takes = any(argument.name == "generator" for argument in func._schema.arguments)
-        if not takes and func._overloadname in OVERLOADS:
-            other = getattr(func.overloadpacket, OVERLOADS[func._overloadname], None)
-            func, takes = (other, True) if other is not None else (func, False)
+        if func is torch.ops.aten.native_dropout.default:  # a GPU's, which takes no generator
+            return self._dropout(*args, **kwargs)
+        func, takes = _given_generator(func)
         if takes and kwargs.get("generator") is None:
             kwargs["generator"] = self._generator(args, kwargs)
         return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+        if train is False or p == 0:
+            return input.clone(), torch.ones_like(input, dtype=torch.bool)
+        keep = torch.empty_like(input, dtype=torch.bool)
+        keep.bernoulli_(1 - p, generator=self._generator((input,), {}))
+        return (input * keep * (0.0 if p == 1 else 1 / (1 - p))).to(input.dtype), keep
+
+
+class drawn_as_usual(drawn_from):
+    """Inside a block of :class:`drawn_from`: random numbers come from PyTorch's global generators again."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.default_generator)
+        for index, generator in enumerate(torch.cuda.default_generators):
+            self.generators[torch.device("cuda", index)] = generator
+
+
+@functools.cache
+def _given_generator(func: Any) -> tuple[Any, bool]:
+    """An operation, or its overload that takes a generator, and whether it takes one."""
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        return func, True
+    name = OVERLOADS.get(func._overloadname)
+    other = getattr(func.overloadpacket, name, None) if name else None
+    return (func, False) if other is None else (other, True)
 
 
 def normal(streams: Tensor, count: int, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checks import integer
+from .checks import check_int, integer
 from .metrics._result import check_maps
 from .progress import Progress
 from .results import Result, picture
@@ -82,13 +82,12 @@ class GraphCut:
                 "The quantiles must be 0 <= background <= foreground < 1, but background is "
                 f"{self.background!r} and foreground {self.foreground!r}."
             )
-        for name, least in (("components", 1), ("samples", 2), ("seed", 0)):
+        for name, least in (("components", 1), ("samples", 2)):
             value = getattr(self, name)
             if name == "samples" and value is None:
                 continue
             object.__setattr__(self, name, integer(name, value, least))
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be less than 2**32, but it is {self.seed}.")
+        object.__setattr__(self, "seed", check_int("seed", self.seed, 0, 2**32 - 1))  # scikit-learn's range
         if self.seeds not in ("soft", "hard"):
             raise ValueError(f"seeds must be 'soft' or 'hard', but it is {self.seeds!r}.")
 
@@ -136,8 +135,9 @@ def localize(
             - a number between 0 and 1: above that share of it.
             - "graphcut": :class:`GraphCut` with its defaults; or a ``GraphCut``.
 
-            Shares are taken of the values as they are: nothing is stretched from minimum to maximum before. Of maps of
-            both signs hand the magnitudes, or negative values count as background.
+            Shares are taken of the values as they are: nothing is stretched from minimum to maximum before. Share and
+            product are rounded to the maps' dtype, so that no scale of a map moves a value of exactly the share above
+            it. Of maps of both signs hand the magnitudes, or negative values count as background.
         images: (N, C, H, W), uint8 or float, which "graphcut" needs. Any common scale and offset of the values give the
             same result. Colours are taken in the space in which they are handed.
         resize: how maps of another size are brought to the images': "bilinear" or "nearest"; None: they are refused.
@@ -167,21 +167,24 @@ def localize(
     else:
         size = tuple(maps.shape[-2:]) if isinstance(maps, Tensor) and maps.dim() >= 2 else ()
     count = None if images is None else len(images)
+    given = maps
     maps = check_maps(maps, size, count, resize)
     if maps[:1].numel() == 0 and len(maps):
         raise ValueError(f"maps must have at least one pixel, but their shape is {tuple(maps.shape)}.")
     _need(*(["scipy"] if cut is None else ["scipy", "sklearn"]))
 
-    values = maps.cpu().numpy()
     if cut is None:
-        rows = values.reshape(len(values), values[:1].size or 1).astype(np.float64)
-        peaks = rows.max(1, initial=-np.inf, keepdims=True)
-        # Nothing exceeds a share of a maximum that is not positive.
-        masks = (rows > share * peaks).reshape(values.shape)
-        settings: dict[str, Any] = {"share": share}
+        # In the precision that the map was computed in, so that a value of exactly the share is not above it, whatever
+        # the map's scale. Nothing exceeds a share of a maximum that is not positive.
+        dtype = given.dtype if given.shape[-2:] == maps.shape[-2:] else maps.dtype
+        peaks = maps.flatten(1).amax(1).to(dtype) if maps.numel() else maps.new_zeros(len(maps), dtype=dtype)
+        limits = torch.tensor(share, dtype=dtype) * peaks.cpu()
+        masks = (maps.cpu() > limits.to(maps.dtype)[:, None, None]).numpy()
+        settings: dict[str, Any] = {"share": share, "dtype": str(dtype).removeprefix("torch.")}
     else:
         from . import _graph_cut
 
+        values = maps.cpu().numpy()
         masks = np.zeros(values.shape, dtype=bool)
         options = dataclasses.asdict(cut)
         pixels = images.detach().cpu()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +17,11 @@ from test_cli import invoke, work  # noqa: F401
 from convviz_cuda import attr, metrics, models, scenes
 from convviz_cuda.cli import compare as module
 from convviz_cuda.cli.experiments import FIRST_SET, SIDE
+from convviz_cuda.loading import load_model
 from convviz_cuda.localization import localize
 
-COUNT = 12
+COUNT = 8
+CONTROLS = ("random map", "random blobs", "centre map")
 
 
 def run(out, *more):
@@ -29,7 +35,7 @@ def rows(out) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("compare")
-    result = run(out, "--methods", "gradcam,rise,guided", "--masks", 150)
+    result = run(out, "--methods", "gradcam,rise,guided", "--masks", 100)
     assert result.exit_code == 0, result.output
     return out, result.output
 
@@ -50,7 +56,7 @@ def test_numbers_are_the_metrics(compared) -> None:
     for name, maps in (("guided", guided), ("gradcam", cam[:, 0].detach())):
         row = rows(out)[name]
         curves = metrics.insertion_deletion(model, images, maps, labels, steps=64)
-        drop = metrics.average_drop(model, images, maps, labels)
+        drop = metrics.average_drop(model, images, maps, labels, normalise="max")
         assert row["insertion"] == pytest.approx(curves.insertion.mean, abs=1e-4)
         assert row["deletion"] == pytest.approx(curves.deletion.mean, abs=1e-4)
         assert row["average drop %"] == pytest.approx(drop.mean, abs=1e-2)
@@ -62,11 +68,12 @@ def test_numbers_are_the_metrics(compared) -> None:
 
 def test_methods_beat_the_controls(compared) -> None:
     found = rows(compared[0])
-    assert list(found) == ["gradcam", "rise", "guided", "random map", "centre map"]
+    assert list(found) == ["gradcam", "rise", "guided", *CONTROLS]
     # The objects lie near the middle, so that a hill there is a strong control, above all of deletion.
     for name in ("gradcam", "rise"):
-        assert found[name]["deletion"] < found["random map"]["deletion"]
-        for control in ("random map", "centre map"):
+        for control in ("random map", "random blobs"):
+            assert found[name]["deletion"] < found[control]["deletion"]
+        for control in CONTROLS:
             assert found[name]["insertion"] > found[control]["insertion"]
             assert found[name]["pointing"] > found[control]["pointing"]
     assert found["random map"]["seconds"] is None
@@ -76,49 +83,177 @@ def test_the_table_is_printed_and_written(compared) -> None:
     out, printed = compared
     lines = (out / "compare.md").read_text().splitlines()
     assert lines[0].startswith("| method | insertion (higher) | deletion (lower) |")
-    assert len(lines) == 2 + 5 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert len(lines) == 2 + 6 and all(line.count("|") == lines[0].count("|") for line in lines)
     for name in rows(out):
         assert name in printed
     settings = json.loads((out / "compare.json").read_text())["settings"]
     assert settings["scenes"] == COUNT and settings["seed"] == 3 and settings["pointing_tolerance"] == 3
 
 
-def test_what_is_there_is_not_done_again(compared, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, _ = compared
-    before = rows(out)
-    asked: list[str] = []
+@pytest.fixture
+def copied(compared, tmp_path):
+    """The folder of a run, for tests that go on in it."""
+    return Path(shutil.copytree(compared[0], tmp_path / "copied"))
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, stop: str | None = None) -> list[tuple[str, int, int]]:
+    """The names of the methods that are called, images and masks; Ctrl-C is pressed at the first call of ``stop``."""
+    asked: list[tuple[str, int, int]] = []
     real = module.attribute_class
 
-    def watched(method, *arguments):
-        asked.append(method.name)
-        return real(method, *arguments)
+    def watched(method, model, inputs, targets, options):
+        if method.name == stop:
+            raise KeyboardInterrupt
+        asked.append((method.name, len(inputs), options.masks))
+        return real(method, model, inputs, targets, options)
 
     monkeypatch.setattr(module, "attribute_class", watched)
-    result = run(out, "--methods", "gradcam,rise,guided,eigencam", "--masks", 150)
+    return asked
+
+
+def everything(out: Path) -> dict[str, dict]:
+    """By its id each row in the file, of this run or of others."""
+    record = json.loads((out / "compare.json").read_text())
+    return {row["id"]: row for group in (record, *record["others"]) for row in group["rows"]}
+
+
+def test_what_is_there_is_not_done_again(copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = rows(copied)
+    asked = watch(monkeypatch)
+    result = run(copied, "--methods", "gradcam,rise,guided,eigencam", "--masks", 100)
     assert result.exit_code == 0, result.output
-    assert set(asked) == {"eigencam"}
-    after = rows(out)
+    assert {name for name, _, _ in asked} == {"eigencam"}
+    after = rows(copied)
     assert {name: after[name] for name in before} == before
-    monkeypatch.undo()
-    result = run(out, "--methods", "gradcam,rise,guided", "--masks", 151)  # other masks, another row
-    assert rows(out)["rise"]["options"]["masks"] == 151 and rows(out)["gradcam"] == before["gradcam"]
+    run(copied, "--methods", "gradcam,rise,guided", "--masks", 20)  # other masks, another row
+    assert rows(copied)["rise"]["options"]["masks"] == 20 and rows(copied)["gradcam"] == before["gradcam"]
+    assert before["rise"]["id"] in everything(copied)
+
+
+def test_a_broken_off_run_and_a_smaller_one_lose_no_row(copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = everything(copied)
+    asked = watch(monkeypatch, stop="eigencam")
+    result = run(copied, "--methods", "gradcam,saliency,eigencam,guided")
+    assert result.exit_code == 130, result.output
+    assert {name for name, _, _ in asked} == {"saliency"}
+    assert list(rows(copied)) == ["gradcam", "saliency"]
+    broken = everything(copied)
+    assert len(broken) == len(before) + 1 and before.items() <= broken.items()
+    asked.clear()
+    result = run(copied, "--methods", "gradcam,saliency")
+    assert result.exit_code == 0 and not asked
+    assert list(rows(copied)) == ["gradcam", "saliency", *CONTROLS]
+    assert everything(copied) == broken
+    assert (copied / "compare.md").read_text().count("\n| ") == 5 and "guided" not in result.output
+    # Rows of other scenes stay too, under their own settings.
+    result = invoke("compare", "--out", copied, "--scenes", 2, "--methods", "saliency")
+    record = json.loads((copied / "compare.json").read_text())
+    assert [group["settings"]["scenes"] for group in (record, *record["others"])] == [2, COUNT]
+    assert broken.items() <= everything(copied).items()
+
+
+def test_a_row_is_of_these_weights_pixels_and_device(
+    work,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = work / "net.py"
+    source.write_text(source.read_text() + NORMALISED)
+    arguments = ["compare", work / "photos", "--model", f"{source}:normalised", "--resize", 36, "--crop", 32]
+    arguments += ["--out", tmp_path / "out", "--methods", "saliency"]
+    asked = watch(monkeypatch)
+
+    def computed(*more: object) -> bool:
+        asked.clear()
+        result = invoke(*arguments, *more)
+        assert result.exit_code == 0, result.output
+        return bool(asked)
+
+    weights = tmp_path / "weights.pt"
+    model = load_model(f"{source}:normalised")
+    torch.save(model.state_dict(), weights)
+    given = ("--weights", weights)
+    assert computed(*given) and not computed(*given)
+    model[1].running_mean += 1.0  # a buffer, no parameter
+    torch.save(model.state_dict(), weights)
+    assert computed(*given) and not computed(*given)
+    with torch.no_grad():  # the same sum
+        model[-1].bias.copy_(model[-1].bias.flip(0))
+    torch.save(model.state_dict(), weights)
+    assert computed(*given) and not computed(*given)
+    picture = work / "photos" / "a.png"
+    Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+    assert computed(*given) and not computed(*given)
+    monkeypatch.setattr(module, "_device", lambda images: "another")
+    assert computed(*given) and not computed(*given)
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert len(record["rows"]) == 4 and len(record["others"]) == 4
+
+
+NORMALISED = """
+def normalised():
+    return nn.Sequential(nn.Identity(), nn.BatchNorm2d(3), *net())
+"""
+
+
+def test_seconds_are_of_a_warm_method_whose_work_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = watch(monkeypatch)
+    clock: list[str] = []
+    real = module.time.perf_counter
+
+    def reading() -> float:
+        clock.append(f"clock after {len(asked)}")
+        return real()
+
+    monkeypatch.setattr(module, "_synchronize", lambda images: clock.append(f"done {len(asked)}"))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=reading))
+    result = invoke(
+        "compare", "--out", tmp_path, "--scenes", 3, "--methods", "rise", "--masks", 60, "--batch-size", 2
+    )
+    assert result.exit_code == 0, result.output
+    assert asked == [("rise", 1, 16), ("rise", 2, 60), ("rise", 1, 60)]
+    assert clock[:4] == ["done 1", "clock after 1", "done 3", "clock after 3"]
 
 
 def test_under_random_weights_guided_backprop_changes_least(tmp_path) -> None:
-    arguments = ("compare", "--out", tmp_path, "--scenes", 3, "--methods", "saliency,guided", "--randomize")
-    result = invoke(*arguments)
+    others = ("saliency", "gradcam", "integrated")
+    arguments = (
+        "compare",
+        "--out",
+        tmp_path,
+        "--scenes",
+        2,
+        "--methods",
+        "guided,saliency,gradcam,integrated",
+    )
+    result = invoke(*arguments, "--cam-layer", "relu5", "--randomize")
     assert result.exit_code == 0, result.output
-    found = rows(tmp_path)
-    saliency, guided = (found[name]["randomized"] for name in ("saliency", "guided"))
-    assert (
-        list(saliency)
-        == list(guided)
-        == [f"fc{i}" for i in (8, 7, 6)] + [f"conv{i}" for i in (5, 4, 3, 2, 1)]
-    )
-    assert guided["fc8"] > saliency["fc8"] and np.mean(list(guided.values())) > np.mean(
-        list(saliency.values())
-    )
+    found = {name: rows(tmp_path)[name]["randomized"] for name in ("guided", *others)}
+    for name in others:
+        assert list(found[name]) == [f"fc{i}" for i in (8, 7, 6)] + [f"conv{i}" for i in (5, 4, 3, 2, 1)]
+        assert np.mean(list(found["guided"].values())) > np.mean(list(found[name].values())) + 0.05
+        for layer in ("fc8", "fc7", "fc6", "conv5"):  # where it is known for it
+            assert found["guided"][layer] > found[name][layer]
     assert "| top layer random | all, mean |" in (tmp_path / "compare.md").read_text()
+    assert "…" not in result.output and max(map(len, result.output.splitlines()[-12:-1])) <= 80
+    # Without it the same rows serve, and with it again nothing is redone.
+    before = everything(tmp_path)
+    assert invoke(*arguments, "--cam-layer", "relu5").exit_code == 0
+    assert everything(tmp_path) == before
+    assert "top layer random" not in (tmp_path / "compare.md").read_text()
+
+
+def test_maps_that_become_constant_are_no_number(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = {"spearman_abs": torch.tensor([[math.nan, math.nan], [0.5, math.nan]])}
+    found = SimpleNamespace(steps=["top", "bottom"], values=nothing)
+    monkeypatch.setattr(module, "model_randomization", lambda *_, **__: found)
+    result = invoke("compare", "--out", tmp_path, "--scenes", 2, "--methods", "saliency", "--randomize")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "compare.json").read_text()
+    assert "NaN" not in text and rows(tmp_path)["saliency"]["randomized"] == {"top": None, "bottom": 0.5}
+    assert "|  | 0.50 |" in (tmp_path / "compare.md").read_text()
 
 
 def test_photographs_have_no_truth(work, tmp_path) -> None:  # noqa: F811
@@ -132,6 +267,39 @@ def test_photographs_have_no_truth(work, tmp_path) -> None:  # noqa: F811
     for row in rows(out).values():
         assert row["pointing"] is row["box IoU"] is None and 0 <= row["insertion"] <= 1
     assert np.asarray(Image.open(work / "photos" / "a.png")).shape == (40, 60, 3)
+
+
+@pytest.mark.slow
+def test_real_photographs(squeezenet_weights, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several sizes, in colour, grey and with transparency, by a network that knows what is in them."""
+    data = pytest.importorskip("skimage.data")
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    coffee = Image.fromarray(data.coffee())
+    coffee.putalpha(255)
+    coffee.save(folder / "coffee.png")
+    for name in ("chelsea.png", "rocket.jpg", "camera.png"):
+        Image.fromarray(getattr(data, name[:-4])()).save(folder / name)
+    monkeypatch.setattr(module, "STEPS", 16)
+    model = (
+        "--model",
+        Path(__file__).parent / "squeezenet.py:squeezenet1_0",
+        "--weights",
+        squeezenet_weights,
+    )
+    result = invoke(
+        "compare", folder, *model, "--out", tmp_path / "out", "--methods", "gradcam,rise", "--masks", 120
+    )
+    assert result.exit_code == 0 and "skipped" not in result.output, result.output
+    found = rows(tmp_path / "out")
+    for name in ("gradcam", "rise"):
+        assert found[name]["insertion"] > found["random map"]["insertion"] + 0.2
+        for control in ("random blobs", "centre map"):
+            assert found[name]["insertion"] > found[control]["insertion"]
+            assert found[name]["deletion"] < found[control]["deletion"]
+    # Noise of single pixels ruins a photograph sooner than the loss of the object does.
+    assert found["random map"]["deletion"] < found["random blobs"]["deletion"]
+    assert found["gradcam"]["deletion"] < found["random map"]["deletion"]
 
 
 @pytest.mark.parametrize(

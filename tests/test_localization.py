@@ -81,6 +81,22 @@ def test_of_equal_components_the_first_in_scan_order_is_taken():
     assert localize(one([[0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]]), 0.5).boxes.tolist() == [[3, 0, 4, 2]]
 
 
+@given(
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([("cam20", 0.2), ("gradcam15", 0.15), (0.3, 0.3)]),
+    st.floats(0.01, 100.0),
+)
+def test_a_value_of_exactly_the_share_is_never_above_it(dtype, rule, scale):
+    maps = torch.tensor([[[rule[1], 1.0, rule[1] * 1.02]]], dtype=dtype) * torch.tensor(scale, dtype=dtype)
+    found = localize(maps, rule[0])
+    assert found.masks.tolist() == [[[False, True, True]]]
+    assert found.settings["dtype"] == str(dtype).removeprefix("torch.")
+    if dtype in (torch.float32, torch.float64):
+        least = torch.nextafter(maps[0, 0, 0], torch.tensor(math.inf, dtype=dtype))
+        maps[0, 0, 0] = least
+        assert localize(maps, rule[0]).masks.all()
+
+
 @pytest.mark.parametrize("rule", ["cam20", "gradcam15", 0.5])
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_map_without_a_positive_value_has_no_box(rule, value):
@@ -125,6 +141,15 @@ def test_maps_of_other_shapes_types_and_sizes():
     assert empty.boxes.shape == (0, 4) and empty.masks.shape == (0, 6, 6)
     none = localize(maps[:0], "graphcut", images=images[:0, :, :6, :6], workers=2)
     assert none.boxes.shape == (0, 4) and none.masks.shape == (0, 6, 6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rule", ["cam20", 0.3, "graphcut"])
+def test_maps_of_a_gpu(rule):
+    generator = torch.Generator().manual_seed(0)
+    maps, images = torch.rand(3, 9, 8, generator=generator), torch.rand(3, 3, 9, 8, generator=generator)
+    found, expected = localize(maps.cuda(), rule, images=images.cuda()), localize(maps, rule, images=images)
+    assert torch.equal(found.masks, expected.masks) and torch.equal(found.boxes, expected.boxes)
 
 
 # ------------------------------------------------------------------------------------------- the minimum cut
@@ -572,8 +597,9 @@ def test_what_makes_no_sense_is_refused(arguments, error, message):
         ({"smoothness": math.inf}, ValueError, "smoothness"),
         ({"sigma": 0}, ValueError, "sigma"),
         ({"seeds": "firm"}, ValueError, "'soft' or 'hard', but it is 'firm'"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"seed": 2**32}, ValueError, "seed must be less than"),
+        ({"seed": -1}, ValueError, "seed must be an int of at least 0"),
+        ({"seed": 2**32}, ValueError, "at most 4294967295"),
+        ({"seed": 1.0}, ValueError, "seed must be an int"),
     ],
 )
 def test_settings_of_the_cut_that_make_no_sense_are_refused(options, error, message):

@@ -197,10 +197,25 @@ def test_localization_accuracy() -> None:
     found = torch.tensor([[0, 0, 4, 2], [0, 0, 4, 1], [1, 1, 5, 5], [0, 0, 0, 0]])
     result = metrics.localization_accuracy(found, truth)  # IoU 0.5, 0.25, 9 / 23, 0
     assert result.values.tolist() == [1.0, 0.0, 0.0, 0.0] and result.mean == 0.25
+    torch.testing.assert_close(result.iou, torch.tensor([0.5, 0.25, 9 / 23, 0], dtype=torch.float64))
+    assert result.as_dict()["iou"] == result.iou.tolist()
     assert metrics.localization_accuracy(found, truth, 0.39).values.tolist() == [1.0, 0.0, 1.0, 0.0]
     assert metrics.localization_accuracy(found, truth, 0.0).values.tolist() == [1.0, 1.0, 1.0, 0.0]
     several = [torch.tensor([[9, 9, 12, 12], [0, 0, 4, 1]])] * 4
     assert metrics.localization_accuracy(found, several).values.tolist() == [1.0, 1.0, 0.0, 0.0]
+    best = metrics.localization_accuracy(found, several)
+    assert best.iou.tolist() == [0.5, 1.0, 0.0, 0.0]
+    for predicted in (found.tolist(), [tuple(box) for box in found.tolist()], list(found), found.numpy()):
+        for objects in (truth, truth.tolist(), several, [each.tolist() for each in several]):
+            again = metrics.localization_accuracy(predicted, objects)
+            assert again.iou.tolist() == (best if len(objects[0]) == 2 else result).iou.tolist()
+    assert metrics.localization_accuracy([], []).iou.shape == (0,)
+    with pytest.raises(TypeError, match="four numbers, but it is 'no boxes'|tensor of numbers"):
+        metrics.localization_accuracy("no boxes", truth)
+    with pytest.raises(TypeError, match="predicted must hold boxes of four numbers"):
+        metrics.localization_accuracy([[0, 0, 1], [0, 0, 1, 1]], truth)
+    with pytest.raises(ValueError, match="must have an object"):
+        metrics.localization_accuracy(found.tolist(), [[], [], [], []])
     with pytest.raises(ValueError, match="area"):
         metrics.localization_accuracy(found, torch.tensor([[0, 0, 0, 4]]).expand(4, 4))
     with pytest.raises(ValueError, match="each of 4 images"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import subprocess
 import sys
@@ -69,6 +71,15 @@ class StandIn:
     def __call__(self, model, x_batch, y_batch, a_batch, s_batch, channel_first, device, **kwargs):
         self.given = dict(x=x_batch, y=y_batch, a=a_batch, s=s_batch, first=channel_first, **kwargs)
         model.train()
+        model(torch.from_numpy(x_batch)).sum().backward()
+        self.given["gradient"] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.0 + 1e-9)
+        model.features[0].weight = nn.Parameter(model.features[0].weight.clone())
+        model.register_forward_hook(lambda *_: None)
+        drawn = torch.rand(())
+        torch.manual_seed(1)
         a = (
             kwargs["explain_func"](model=model, inputs=x_batch, targets=y_batch)
             if a_batch is None
@@ -77,16 +88,26 @@ class StandIn:
         a /= np.abs(a).max()
         if self.fails:
             raise RuntimeError("broken")
-        scores = (a.reshape(len(a), -1).sum(1) + np.random.rand(len(a))).tolist()
+        scores = (a.reshape(len(a), -1).sum(1) + np.random.rand(len(a)) + float(drawn)).tolist()
         return [np.mean(scores)] if self.return_aggregate else scores
 
 
 def test_a_metric_takes_our_maps() -> None:
     model, x = built(Plain), images()
     maps = attr.Saliency(model).attribute(x, 1)
+    model(x).square().sum().backward()  # gradients that are there already
+    gradients = {name: (p.grad, p.grad.clone()) for name, p in model.named_parameters()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     kept, before = maps.clone(), state(model)
     np.random.seed(3)
-    random = np.random.get_state()[1].copy()
+    random, torchs = np.random.get_state()[1].copy(), torch.random.get_rng_state()
+
+    def untouched() -> bool:
+        same = [p.grad is gradients[n][0] and torch.equal(*gradients[n]) for n, p in model.named_parameters()]
+        same += [torch.equal(value, weights[name]) for name, value in model.state_dict().items()]
+        same += [torch.equal(torch.random.get_rng_state(), torchs), torch.equal(maps, kept)]
+        return all(same) and state(model) == before and bool((np.random.get_state()[1] == random).all())
+
     metric = StandIn()
     found = metrics.quantus_metric(metric, model, x, maps.sum(1), 1, masks=maps.sum(1) > 0, softmax=True)
     assert metric.given["x"].shape == (3, 3, 12, 12) and metric.given["y"].tolist() == [1, 1, 1]
@@ -97,16 +118,23 @@ def test_a_metric_takes_our_maps() -> None:
     assert torch.equal(found.values, again.values)
     other = metrics.quantus_metric(StandIn(), model, x, maps.sum(1), 1, seed=1)
     assert not torch.equal(found.values, other.values)
-    assert (np.random.get_state()[1] == random).all()
-    assert torch.equal(maps, kept) and state(model) == before
-    assert found.settings["metric"]["normalise"] is True and found.settings["target"] == [1, 1, 1]
+    assert untouched()
+    alone = copy.deepcopy(model)
+    alone.zero_grad()
+    alone(x).sum().backward()
+    for own, other in zip(metric.given["gradient"], alone.parameters(), strict=True):
+        torch.testing.assert_close(own, other.grad)  # of its own call, not added to those that were there
+    assert found.settings["metric"]["normalise"] is True and found.settings["targets"] == [1, 1, 1]
     json.dumps(found.as_dict(), allow_nan=False)
     itself = metrics.quantus_metric(StandIn(), model, x, None, 1, method=attr.Saliency)
     reduced = metrics.quantus_metric(StandIn(), model, x, maps, 1)
     torch.testing.assert_close(itself.values, reduced.values)
     with pytest.raises(RuntimeError, match="broken"):
         metrics.quantus_metric(StandIn(fails=True), model, x, maps, 1)
-    assert state(model) == before and (np.random.get_state()[1] == random).all()
+    assert untouched()
+    for wrong in (-1, 1.5, 2**32):
+        with pytest.raises(ValueError, match="seed must"):
+            metrics.quantus_metric(StandIn(), model, x, maps, 1, seed=wrong)
     with pytest.raises(ValueError, match="each of 3 images"):
         metrics.quantus_metric(StandIn(aggregate=True), model, x, maps, 1)
     with pytest.raises(ValueError, match="each of 3 images"):
@@ -121,6 +149,7 @@ def test_quantus_is_not_imported() -> None:
 # ------------------------------------------------------------------------------------------ the library itself
 
 
+@pytest.mark.torchvision
 def test_its_metrics_on_our_maps(quantus) -> None:
     model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
     maps = attr.Saliency(model).attribute(x, 1).sum(1)
@@ -142,6 +171,26 @@ def test_its_metrics_on_our_maps(quantus) -> None:
     assert found.values.isfinite().all() and torch.equal(found.values, again.values)
 
 
+@pytest.mark.torchvision
+@pytest.mark.parametrize("name", ["MPRT", "EfficientMPRT", "RandomLogit", "Completeness"])
+def test_its_metrics_leave_the_model_alone(quantus, name: str) -> None:
+    """Those that seed PyTorch's generator and give layers other weights."""
+    model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
+    model(x).sum().backward()
+    gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
+    before, random = state(model), torch.random.get_rng_state()
+    options = {"disable_warnings": True, "display_progressbar": False}
+    if name == "RandomLogit":
+        options["num_classes"] = 5
+    with contextlib.suppress(ValueError):  # of some there is no number for each image
+        metrics.quantus_metric(getattr(quantus, name)(**options), model, x, None, 1, method=attr.Saliency)
+    assert state(model) == before and torch.equal(torch.random.get_rng_state(), random)
+    assert all(
+        p.grad is g and torch.equal(g, c) for p, (g, c) in zip(model.parameters(), gradients, strict=True)
+    )
+
+
+@pytest.mark.torchvision
 def test_its_metrics_call_our_methods(quantus) -> None:
     model, x = built(Plain, dtype=torch.float32), images(dtype=torch.float32)
     metric = quantus.MaxSensitivity(

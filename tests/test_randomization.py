@@ -144,7 +144,7 @@ def test_values_by_hand() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.filterwarnings("ignore:Batch norm runs in training mode")
+@pytest.mark.filterwarnings("ignore:Batch norm runs in training mode", "ignore:The model is in training mode")
 def test_the_model_and_the_random_state_stay_as_they_are(fails: bool) -> None:
     model, x = built(Reused).train(), images(4)
     model.fc.weight.requires_grad_(False)
@@ -181,7 +181,7 @@ def test_the_target_is_the_models_own_prediction() -> None:
     expected = model(x).argmax(1).tolist()
     assert len(asked) == 8  # the model, the head and two convolutions, two batches each
     assert asked == [expected[:3], expected[3:]] * 4
-    assert found.settings["target"] == "predicted"
+    assert found.settings["target"] == "predicted" and found.settings["targets"] == expected
     json.dumps(found.as_dict(), allow_nan=False)
 
 

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from attribution_cases import Plain, Reused, built, images, state
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 
 from convviz_cuda import attr, metrics
+from convviz_cuda.attr._masked import INPUT_BYTES
 from convviz_cuda.metrics import _similarity as alike
 
 ABOUT = torch.randn(3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -26,10 +29,9 @@ def wobble(x, radius: float = 0.3):
     """A perturbation that depends on the row, so that samples differ, and on nothing else."""
     if isinstance(x, tuple):
         return tuple(wobble(one, radius) for one in x)
-    row = torch.arange(len(x), dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
-    return x + radius * torch.sin(
-        7 * row + torch.linspace(0, 9, x[0].numel(), dtype=x.dtype).view(x.shape[1:])
-    )
+    row = torch.arange(len(x), dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
+    line = torch.linspace(0, 9, x[0].numel(), dtype=x.dtype, device=x.device)
+    return x + radius * torch.sin(7 * row + line.view(x.shape[1:]))
 
 
 def wobble_alone(x):
@@ -219,9 +221,11 @@ def test_records_and_empty_batches() -> None:
         "n_perturb_samples": 10,
         "norm_ord": "fro",
         "perturb_seed": 0,
-        "target": 1,
+        "target": "given",
+        "targets": [1, 1, 1],
+        "arguments": {},
     }
-    assert expected.items() <= as_metric.settings.items()
+    assert {name: as_metric.settings[name] for name in expected} == expected
     json.dumps(as_metric.as_dict(), allow_nan=False)
     found = metrics.infidelity(built(Plain), both, x, x, target=1, return_metric=True)
     assert found.settings["n_perturb_samples"] == 10 and found.settings["normalize"] is False
@@ -229,10 +233,210 @@ def test_records_and_empty_batches() -> None:
     assert metrics.infidelity(built(Plain), both, x[:0], x[:0], target=1).shape == (0,)
 
 
+def test_records_hold_what_the_value_depends_on() -> None:
+    model, x = built(Plain), images()
+    explain = attr.IntegratedGradients(model).attribute
+    baselines, about = [x * 0, x * 0 + 1e-3], (torch.zeros(3, 3), 0.5)
+
+    def sensitivity(**options: object) -> metrics.Metric:
+        return metrics.sensitivity_max(
+            explain, x, n_perturb_samples=2, target=1, return_metric=True, **options
+        )
+
+    few, many = sensitivity(n_steps=3), sensitivity(n_steps=20)
+    assert few.settings["arguments"] == {"n_steps": 3} and few.settings != many.settings
+    first, second = (sensitivity(n_steps=3, baselines=one) for one in baselines)
+    assert (
+        first.settings != second.settings
+        and first.settings == sensitivity(n_steps=3, baselines=x * 0).settings
+    )
+    assert first.settings["arguments"]["baselines"]["shape"] == [3, 3, 12, 12]
+    assert few.settings["explanation_func"] == "IntegratedGradients.attribute"
+
+    def error(**options: object) -> dict:
+        given = {"target": [0, 1, 2], "n_perturb_samples": 2, "return_metric": True, **options}
+        return metrics.infidelity(built(Reused), lambda v, b=None: both(v), x, x, **given).settings
+
+    plain = error()
+    assert plain["forward_func"] == "Reused" and plain["targets"] == [0, 1, 2] and plain["baselines"] is None
+    assert error(baselines=baselines[0])["baselines"] != error(baselines=baselines[1])["baselines"]
+    assert error(baselines=0.5)["baselines"] == [0.5]
+    assert error(additional_forward_args=about)["additional_forward_args"][1] == 0.5
+    assert error(target=torch.tensor([0, 1, 2])) == plain
+
+    small = metrics.equivariance(
+        lambda v, **_: v[:, :, ::2, ::2].sum(1), images(2, 24), "translation", [2], steps=3
+    )
+    assert small.settings["resize"] == "bilinear" and small.settings["map_size"] == [12, 12]
+    assert small.settings["arguments"] == {"steps": 3} and small.settings["targets"] is None
+    whole = metrics.equivariance(blurred, images(2, 24), "translation", [2], similarity="spearman")
+    assert whole.settings["resize"] is None and "ssim" not in whole.settings
+    for settings in (few.settings, first.settings, error(additional_forward_args=about), small.settings):
+        json.dumps(settings, allow_nan=False)
+
+
+class Dropped(Plain):
+    """Batch norm and dropout, which a model in training mode lets change and draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(8), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.drop(self.norm(self.features(x))).mean((2, 3)))
+
+
+class Broken(Dropped):
+    """One whose third forward fails."""
+
+    calls = 0  # of all copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        Broken.calls += 1
+        out = super().forward(x)
+        if Broken.calls == 3:
+            raise RuntimeError("broken")
+        return out
+
+
+OF_MODELS = {
+    "sensitivity_max": lambda model, x: metrics.sensitivity_max(
+        attr.Saliency(model).attribute, x, target=1, n_perturb_samples=40
+    ),
+    "infidelity": lambda model, x: metrics.infidelity(model, both, x, x, target=1, n_perturb_samples=40),
+    "equivariance": lambda model, x: metrics.equivariance(
+        attr.Saliency(model), x, "noise", [0.1, 0.2, 0.3], target=1
+    ).values["spearman"],
+    "model_randomization": lambda model, x: metrics.model_randomization(model, attr.Saliency, x).values[
+        "spearman"
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Batch norm runs", "ignore:Dropout")  # what explaining such a model says
+@pytest.mark.parametrize("network", [Dropped, Broken])
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_a_model_in_training_mode_stays_what_it_was(name: str, network: type[nn.Module]) -> None:
+    model, x = built(network).train(), images(3)
+    modes = [module.training for module in model.modules()]
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    values = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="training mode.*BatchNorm2d.*Dropout") as seen:
+            if network is Broken:
+                Broken.calls = 0
+                with pytest.raises(RuntimeError, match="broken"):
+                    OF_MODELS[name](model, x)
+            else:
+                values.append(OF_MODELS[name](model, x))
+        assert len([one for one in seen if "so the metric" in str(one.message)]) == 1
+        assert torch.equal(torch.random.get_rng_state(), random)
+        assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == modes
+    if values:  # what is drawn repeats
+        torch.testing.assert_close(values[0], values[1], rtol=0, atol=0, equal_nan=True)
+        assert values[0].isfinite().all()
+
+
+def test_a_perturbation_of_ones_own_draws_as_ever() -> None:
+    """As from Captum: numbers of PyTorch's generator, which its seed decides."""
+    model, x = built(Plain), images()
+
+    def shaken(v: Tensor) -> Tensor:
+        return v + 0.3 * torch.randn_like(v) + torch.rand(v.shape, dtype=F64)
+
+    def shaken_both(v: Tensor) -> tuple[Tensor, Tensor]:
+        after = shaken(v)
+        return v - after, after
+
+    explain = attr.InputXGradient(model).attribute
+    for most in (None, 6):
+        found = []
+        for library in (metrics, captum.metrics):
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(5)
+                options = {"target": 1, "n_perturb_samples": 4, "max_examples_per_batch": most}
+                found.append(library.sensitivity_max(explain, x, shaken, **options))
+                found.append(library.infidelity(lambda v: model(v), shaken_both, x, x, **options))
+                found.append(torch.rand(3))  # as much was drawn
+        for ours, theirs in zip(found[:3], found[3:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def test_a_perturbation_may_write_to_what_it_is_given() -> None:
+    model, x = built(Plain), images()
+    row, number, full = x[:1] * 0.5, torch.tensor(0.25, dtype=F64), x * 0.25
+
+    def greedy(v: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        v -= 0.1
+        b += 1.0
+        return both(v)
+
+    for baselines in (row, number, full):
+        before, pixels = baselines.clone(), x.clone()
+        for samples in (1, 3):
+            metrics.infidelity(model, greedy, x, x, baselines, target=1, n_perturb_samples=samples)
+            metrics.infidelity(
+                model, greedy, x[:1], x[:1], baselines[:1] if baselines.dim() else baselines, target=1
+            )
+        assert torch.equal(baselines, before) and torch.equal(x, pixels)
+
+
+def test_show_progress_goes_to_a_function_that_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    x, seen = images(), []
+
+    def named(v: Tensor, show_progress: bool = False) -> Tensor:
+        seen.append(show_progress)
+        return v
+
+    def any_options(v: Tensor, **options: object) -> Tensor:
+        seen.append(options.get("show_progress"))
+        return v
+
+    for explain in (named, any_options):
+        for library in (metrics, captum.metrics):
+            seen.clear()
+            library.sensitivity_max(explain, x, wobble, show_progress=True)
+            assert seen and all(value is True for value in seen)
+        seen.clear()
+        metrics.sensitivity_max(explain, x, wobble)
+        assert set(seen) <= {False, None}
+    assert "sensitivity:" not in capsys.readouterr().err
+    metrics.sensitivity_max(lambda v: v, x, show_progress=True)
+    assert "sensitivity: 30/30 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_fewer_large_examples_go_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Seen(Plain):
+        def forward(self, v: Tensor) -> Tensor:
+            sizes.append(len(v))
+            return super().forward(v)
+
+    model, x = built(Seen), images(2)
+    expected = OF_MODELS[name](model, x)
+    usual = max(sizes)
+    sizes.clear()
+    monkeypatch.setitem(INPUT_BYTES, "cpu", 2 * x[0].nbytes)
+    found = OF_MODELS[name](model, x)
+    # The images of the batch stay together under Captum's signatures, and what is perturbed by us goes with them.
+    assert max(sizes) == 2 <= usual and (usual > 2 or "max" not in name and name != "infidelity")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
+    monkeypatch.setitem(INPUT_BYTES, "cpu", 1)
+    if name in ("equivariance", "model_randomization"):
+        sizes.clear()
+        torch.testing.assert_close(OF_MODELS[name](model, x), expected, rtol=1e-9, atol=1e-12, equal_nan=True)
+        assert max(sizes) == 1
+
+
 def test_arguments_that_do_not_fit() -> None:
     model, x = built(Plain), images()
     explain = attr.Saliency(model).attribute
-    for name, value in [("n_perturb_samples", 0), ("max_examples_per_batch", 0), ("norm_ord", "nuc")]:
+    wrong = {"n_perturb_samples": 0, "max_examples_per_batch": 0, "norm_ord": "nuc", "perturb_seed": -1}
+    for name, value in [*wrong.items(), ("perturb_seed", 1.5), ("perturb_seed", 2**64)]:
         with pytest.raises(ValueError, match=name):
             metrics.sensitivity_max(explain, x, target=1, **{name: value})
     with pytest.raises(ValueError, match="perturb_radius"):
@@ -294,6 +498,37 @@ def test_topk_iou_by_hand() -> None:
     valid[3, 4] = False
     assert alike.topk_iou(a, b, valid, 0.2).item() == 1.0
     assert alike.topk_iou(a * 0, b, valid, 0.2).isnan().all()
+
+
+def test_topk_iou_of_sparse_maps_and_ties() -> None:
+    valid = torch.ones(20, 20, dtype=torch.bool)
+    a, b, c = (torch.zeros(1, 20, 20) for _ in range(3))
+    a[0, 2, 3:8], b[0, 11, 3:8], c[0, 2, 6:11] = 1.0, 1.0, 1.0
+    assert alike.topk_iou(a, b, valid, 0.1).item() == 0.0  # disjoint, though each has 395 equal zeros
+    assert alike.topk_iou(a, a, valid, 0.1).item() == 1.0
+    assert alike.topk_iou(a, c, valid, 0.1).item() == pytest.approx(2 / 8)
+    a[0, 19], b[0, 0] = -1.0, -1.0  # the zeros are no minimum now
+    assert alike.topk_iou(a, b, valid, 0.1).item() == 0.0
+    # More of the largest than the share has room for: all of them.
+    assert alike.topk_iou(a, c, valid, 0.005).item() == pytest.approx(2 / 8)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.1, 0.3, 0.99]))
+def test_topk_iou_by_counting(seed: int, top: float) -> None:
+    rng = np.random.default_rng(seed)
+    maps = rng.integers(0, 6, (2, 5, 4)).astype(float)
+    room = max(1, round(top * 20))
+
+    def strongest(one: np.ndarray) -> set[int]:
+        values = one.ravel().tolist()
+        fits = {i for i, v in enumerate(values) if sum(w >= v for w in values) <= room}
+        return fits or {i for i, v in enumerate(values) if v == max(values)}
+
+    first, second = map(strongest, maps)
+    a, b = torch.from_numpy(maps)[:, None]
+    for x, y in ((a, b), (a.flip(1), b.flip(1))):  # the order of the pixels decides nothing
+        found = alike.topk_iou(x, y, torch.ones(5, 4, dtype=torch.bool), top).item()
+        assert found == pytest.approx(len(first & second) / len(first | second))
 
 
 # ------------------------------------------------------------------------------------------- equivariance
@@ -490,3 +725,25 @@ def test_progress_and_callers_contexts(capsys: pytest.CaptureFixture[str]) -> No
     assert low.dtype == torch.float32 and low.isfinite().all()
     half = metrics.sensitivity_max(attr.Saliency(model.bfloat16()).attribute, x.bfloat16(), target=1)
     assert half.dtype == torch.float32 and half.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same() -> None:
+    model, x = built(Plain), images(4, 16)
+    about = {"target": [0, 1, 2, 3]}
+
+    def everything(device: str) -> list[Tensor]:
+        of, given = model.to(device), x.to(device)
+        explain = attr.InputXGradient(of)
+        found = [
+            metrics.sensitivity_max(explain.attribute, given, **about),
+            metrics.infidelity(of, both, given, given, n_perturb_samples=4, **about),
+        ]
+        for transform, values in {"noise": [0.1], "rotation": [10.0], "translation": [(2, -1)]}.items():
+            alike = metrics.equivariance(explain, given, transform, values, absolute=True, **about)
+            found += alike.values.values()
+        found += metrics.model_randomization(of, attr.InputXGradient, given, [0, 1, 2, 3]).values.values()
+        return [one.cpu() for one in found]
+
+    for one, other in zip(everything("cuda"), everything("cpu"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)

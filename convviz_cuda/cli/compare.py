@@ -1,15 +1,19 @@
-"""``convviz compare``: one table of methods and the metrics that judge their maps, with two controls."""
+"""``convviz compare``: one table of methods and the metrics that judge their maps, with three controls."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -18,13 +22,16 @@ from .. import scenes
 from ..journal import digest, write_atomically
 from ..localization import localize
 from ..metrics import box_iou, confidence, insertion_deletion, model_randomization, pointing_game
+from ..metrics._curves import described
 from ..version import __version__
 from .console import arguments, say
 from .experiments import FIRST_SET, SIDE, Subject
 from .methods import Method, Options, attribute_class
 
-RANDOM, CENTRE = "random map", "centre map"
+RANDOM, BLOBS, CENTRE = "random map", "random blobs", "centre map"
+GRAIN = 7  # blobs a side, as coarse as the maps of a network's last layers
 STEPS = 64  # of insertion and deletion
+NORMALISE = "max"  # of average drop, as Grad-CAM++ has it
 TOLERANCE = 3  # pixels from the object at which the pointing game still counts a hit
 # Column, what is better, format.
 COLUMNS = (
@@ -65,14 +72,22 @@ def importance(attributions: Tensor) -> Tensor:
 
 
 def controls(images: Tensor) -> dict[str, Tensor]:
-    """Maps that know nothing of the model: noise, and a hill in the middle."""
+    """Maps that know nothing of the model: noise of pixels, noise as smooth as a CAM, and a hill in the middle.
+
+    Pixels deleted here and there ruin a photograph for many networks sooner than the loss of the object does. So noise
+    of pixels may win at deletion, and says little there; of the same grain, a map that knows something must be better.
+    """
     count, _, height, width = images.shape
-    noise = torch.stack(
-        [torch.rand(height, width, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    )
+
+    def noise(*size: int) -> Tensor:
+        return torch.stack(
+            [torch.rand(size, generator=torch.Generator().manual_seed(i)) for i in range(count)]
+        )
+
+    blobs = F.interpolate(noise(1, GRAIN, GRAIN), (height, width), mode="bilinear")[:, 0]
     y, x = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in (height, width))
     hill = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * (min(height, width) / 4) ** 2))
-    return {RANDOM: noise, CENTRE: hill.repeat(count, 1, 1)}
+    return {RANDOM: noise(height, width), BLOBS: blobs, CENTRE: hill.repeat(count, 1, 1)}
 
 
 def compare(
@@ -90,60 +105,75 @@ def compare(
         "version": __version__,
         **shown.about,
         "size": list(images.shape[2:]),
+        "pixels": described(images),
+        "parameters": digest({name: described(value) for name, value in shown.model.state_dict().items()}),
+        "device": _device(images),
         "target": "predicted" if truth is None else "label",
+        "targets": list(targets),
         "steps": STEPS,
         "insertion_fill": "blur (11 pixels, sigma 5)",
         "deletion_fill": "0: the mean colour",
-        "average_drop": "map min-max normalised, times the image",
+        "average_drop": "a map's positive part divided by its maximum, times the image",
         "box": "15 % of the map's maximum",
         "pointing_tolerance": TOLERANCE,
         "maps": "a method's own; attributions to channels: the sum of their magnitudes",
+        "seconds": "of an image, after a call that is not counted",
     }
-    state = [(p._version, float(p.double().sum())) for p in shown.model.parameters()]
     file = out / "compare.json"
-    rows = _there(file)
-    known = {row["id"]: row for row in rows}
+    known = _there(file)
     table: list[dict[str, Any]] = []
 
     def write() -> None:
-        record = {"settings": settings, "rows": table}
+        """This run's rows so far, and beside them all others that were ever found here: none of them is lost."""
+        others: dict[str, dict[str, Any]] = {}
+        reached = {row["id"] for row in table}
+        for about, row in known.values():
+            if row["id"] not in reached:
+                others.setdefault(digest(about), {"settings": about, "rows": []})["rows"].append(row)
+        record = {"settings": settings, "rows": table, "others": list(others.values())}
         write_atomically(file, lambda f: f.write(json.dumps(record, indent=1).encode()))
 
-    def judge(name: str, given: dict[str, Any], make: Callable[[], Tensor]) -> None:
-        identity = digest(name, given, settings, [total for _, total in state], randomize)
-        row = known.get(identity)
-        if row is None:
+    def judge(name: str, given: dict[str, Any], make: Callable[[], Tensor], warm: Callable[[], Any]) -> None:
+        identity = digest(name, given, settings)
+        if identity not in known:
             say(f"{name} ...")
+            warm()
+            _synchronize(images)
             start = time.perf_counter()
             maps = make()
+            _synchronize(images)
             seconds = (time.perf_counter() - start) / max(1, len(images))
             row = {
                 "id": identity,
                 "method": name,
                 "options": given,
                 **_judged(shown.model, images, maps, targets, truth),
+                "seconds": None if name in (RANDOM, BLOBS, CENTRE) else seconds,
+                "batch_size": batch_size,
             }
-            row["seconds"] = None if name in (RANDOM, CENTRE) else seconds
-            known[identity] = row
-        table.append(row)
+            known[identity] = settings, row
+        table.append(known[identity][1])
         write()  # a run that is broken off goes on from here
 
     out.mkdir(parents=True, exist_ok=True)
     for method in methods:
 
-        def make(method: Method = method) -> Tensor:
+        def make(images: Tensor = images, method: Method = method, options: Options = options) -> Tensor:
             parts = [
-                attribute_class(method, shown.model, part, targets[start : start + batch_size], options)
+                attribute_class(method, shown.model, part, targets[start : start + len(part)], options)
                 for start, part in zip(
                     range(0, len(images), batch_size), images.split(batch_size), strict=True
                 )
             ]
             return importance(torch.cat(parts)).detach()
 
+        def warm(make: Callable[..., Tensor] = make) -> Tensor:
+            return make(images[:1], options=_least(options))
+
         with arguments():
-            judge(method.name, options.of(method), make)
+            judge(method.name, options.of(method), make, warm)
     for name, maps in controls(images).items():
-        judge(name, {}, lambda maps=maps: maps.to(images))
+        judge(name, {}, lambda maps=maps: maps.to(images), lambda: None)
     if randomize:
         for method, row in zip(methods, table, strict=False):
             if "randomized" not in row:
@@ -156,22 +186,45 @@ def compare(
     print(f"Written to {file} and {out / 'compare.md'}.")
 
 
-def _there(file: Path) -> list[dict[str, Any]]:
+def _device(images: Tensor) -> str:
+    return torch.cuda.get_device_name(images.device) if images.is_cuda else images.device.type
+
+
+def _synchronize(images: Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+
+
+def _least(options: Options) -> Options:
+    """Few masks, samples and steps: enough for whatever a method does the first time only."""
+    few = {name: min(getattr(options, name), 16) for name in ("masks", "samples", "steps")}
+    return dataclasses.replace(options, **few)
+
+
+def _there(file: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """By its id each row of an earlier run, with the settings that it belongs to."""
     try:
-        return json.loads(file.read_text())["rows"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        record = json.loads(file.read_text())
+        groups = [record, *record.get("others", [])]
+        return {row["id"]: (group["settings"], row) for group in groups for row in group["rows"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _defined(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def _judged(
     model: nn.Module, images: Tensor, maps: Tensor, targets: list[int], truth: Truth | None
 ) -> dict[str, float | None]:
     curves = insertion_deletion(model, images, maps, targets, steps=STEPS)
-    drop = confidence(model, images, {"map": maps}, targets).average_drop("map")
+    drop = confidence(model, images, {"map": maps}, targets, normalise=NORMALISE).average_drop("map")
     found: dict[str, float | None] = {
-        "insertion": curves.insertion.mean,
-        "deletion": curves.deletion.mean,
-        "average drop %": drop.mean,
+        "insertion": _defined(curves.insertion.mean),
+        "deletion": _defined(curves.deletion.mean),
+        "average drop %": _defined(drop.mean),
         "pointing": None,
         "box IoU": None,
     }
@@ -195,13 +248,16 @@ class _Calls:
 
 def _randomized(
     model: nn.Module, method: Method, images: Tensor, targets: list[int], options: Options, batch_size: int
-) -> dict[str, float]:
-    """Spearman's correlation of a map's magnitudes with the original's, after each layer from the top down."""
+) -> dict[str, float | None]:
+    """Spearman's correlation of a map's magnitudes with the original's, after each layer from the top down.
+
+    None where all maps have become constant.
+    """
     found = model_randomization(
         model, lambda of: _Calls(method, options, of), images, targets, batch_size=batch_size
     )
     values = found.values["spearman_abs"].nanmean(1)
-    return dict(zip(found.steps, (round(v, 4) for v in values.tolist()), strict=True))
+    return dict(zip(found.steps, (_defined(round(v, 4)) for v in values.tolist()), strict=True))
 
 
 def _cells(row: dict[str, Any], randomize: bool) -> list[str]:
@@ -210,7 +266,9 @@ def _cells(row: dict[str, Any], randomize: bool) -> list[str]:
         cells.append("" if row[name] is None else form.format(row[name]))
     if randomize:
         values = list(row.get("randomized", {}).values())
-        cells += [f"{values[0]:.2f}", f"{sum(values) / len(values):.2f}"] if values else ["", ""]
+        defined = [v for v in values if v is not None]
+        top = f"{values[0]:.2f}" if values and values[0] is not None else ""
+        cells += [top, f"{sum(defined) / len(defined):.2f}" if defined else ""]
     return cells
 
 
@@ -226,9 +284,19 @@ def _markdown(table: list[dict[str, Any]], randomize: bool) -> str:
 
 
 def _print(table: list[dict[str, Any]], count: int, randomize: bool) -> None:
-    shown = Table(title=f"Methods, over {count} images", title_justify="left")
+    # As narrow as it goes, because all of it has to fit into 80 columns.
+    shown = Table(
+        title=f"Methods, over {count} images", title_justify="left", box=box.SIMPLE_HEAD, padding=0,
+        pad_edge=False, show_edge=False,
+    )  # fmt: skip
     for head in _heads(randomize):
-        shown.add_column(head, justify="left" if head == "method" else "right")
+        first = head == "method"
+        shown.add_column(
+            textwrap.fill(head, 7, break_long_words=False),
+            justify="left" if first else "right",
+            no_wrap=first,
+            vertical="bottom",
+        )
     for row in table:
         shown.add_row(*_cells(row, randomize))
     Console().print(shown)

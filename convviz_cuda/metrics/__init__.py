@@ -7,6 +7,7 @@ from ._similarity import Similarities
 from .confidence import Confidence, average_drop, confidence, increase_in_confidence, win_rate
 from .curves import Curve, InsertionDeletion, Perturbation, insertion_deletion, perturbation_curve
 from .pointing import (
+    LocalizationAccuracy,
     PointingGame,
     box_iou,
     energy_pointing_game,
@@ -24,6 +25,7 @@ __all__ = [
     "Confidence",
     "Curve",
     "InsertionDeletion",
+    "LocalizationAccuracy",
     "Metric",
     "Perturbation",
     "PointingGame",

@@ -1,17 +1,20 @@
-"""Maps of any method for some images at a time, brought to the images' size."""
+"""Maps of any method for some images at a time, brought to the images' size, and what the record says of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attr._gradient import EXAMPLES
 from ..attr._inputs import Target, extra_args
+from ..attr._masked import INPUT_BYTES
 from ..attr._masked_images import args_of_each_image, of_each_image
+from ._curves import described, target_of_each
 
 
 class Explainer:
@@ -21,6 +24,7 @@ class Explainer:
     target, additional_forward_args: of all images; those of the numbers asked for go with them, and are left out where
     they are None.
     kwargs: passed on as they are.
+    size: of the images; maps of another one are upsampled bilinearly, which :attr:`record` says.
     """
 
     def __init__(
@@ -28,6 +32,7 @@ class Explainer:
     ) -> None:
         self.each, self.none = of_each_image(target, count), target is None
         self.args, self.kwargs, self.count, self.size = additional_forward_args, kwargs, count, tuple(size)
+        self.record: dict[str, Any] = {"resize": None, "map_size": list(self.size)}
 
     def __call__(self, method: Any, images: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """(n, H, W) float64 twice: the channels' sum, and the sum of their magnitudes; of images from ``start`` on."""
@@ -53,6 +58,7 @@ class Explainer:
             )
         maps = found.detach().double()
         if tuple(maps.shape[2:]) != self.size:
+            self.record = {"resize": "bilinear", "map_size": list(maps.shape[2:])}
             maps = F.interpolate(maps, self.size, mode="bilinear", align_corners=False)
         return maps.sum(1), maps.abs().sum(1)
 
@@ -62,9 +68,44 @@ def check_method(name: str, method: Any) -> None:
         raise TypeError(f"{name} must be callable or have a method attribute, but it is {method!r}.")
 
 
-def examples(device: torch.device, batch_size: int | None) -> int:
-    """How many images go through a method at once."""
-    return batch_size or EXAMPLES.get(device.type, EXAMPLES["cuda"])
+def examples(tensors: Sequence[Tensor], given: int | None = None) -> int:
+    """How many examples go through a method at once: what the device takes well, of large ones fewer."""
+    device = tensors[0].device.type
+    each = max(1, sum(x.nbytes for x in tensors) // max(1, len(tensors[0])))
+    most = INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // each
+    return given or max(1, min(EXAMPLES.get(device, EXAMPLES["cuda"]), most))
+
+
+def name_of(function: Any) -> str:
+    """The qualified name of a function, a class, or the method of an object."""
+    owner = getattr(function, "__self__", None)
+    if owner is not None and not isinstance(owner, type):
+        return f"{type(owner).__qualname__}.{function.__name__}"
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def recorded(value: Any) -> Any:
+    """An argument for the record, as plain values: a tensor by its shape and a digest, an object by its name."""
+    if isinstance(value, str | bool | type(None)):
+        return value
+    if isinstance(value, Tensor):
+        return described(value) if value.dim() else value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [recorded(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(name): recorded(one) for name, one in value.items()}
+    if hasattr(value, "__array__") and not isinstance(value, nn.Module):
+        return described(torch.as_tensor(value))
+    return name_of(value)
+
+
+def recorded_target(target: Target, count: int) -> dict[str, Any]:
+    """Whether targets were given, and those of each image."""
+    return {"target": None if target is None else "given", "targets": target_of_each(target, count)}
 
 
 def predicted(model: Callable[..., Any], images: Tensor, args: Any, batch_size: int) -> list[int]:

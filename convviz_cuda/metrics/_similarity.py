@@ -66,6 +66,16 @@ def check_similarities(similarity: Any, top: Any, size: Sequence[int]) -> tuple[
     return names
 
 
+def described(names: Sequence[str], top: float) -> dict[str, Any]:
+    """What the similarities depend on, for the record."""
+    details = {
+        "ssim": f"Gaussian window of {2 * SSIM_RADIUS + 1} pixels, sigma {SSIM_SIGMA}, maps divided by their largest "
+        "magnitude",
+        "topk_iou": f"the strongest {top}, without what is tied at the cut-off",
+    }
+    return {"top": top, **{name: details[name] for name in names if name in details}}
+
+
 def similar(name: str, a: Tensor, b: Tensor, valid: Tensor, top: float) -> Tensor:
     """(N,) float64 on the CPU: a similarity of maps (N, H, W) over the pixels ``valid`` (H, W), bool."""
     return SIMILARITIES[name](a.double(), b.double(), valid, top).cpu()
@@ -121,15 +131,19 @@ def ssim(a: Tensor, b: Tensor, valid: Tensor, top: float = 0.0) -> Tensor:
 def topk_iou(a: Tensor, b: Tensor, valid: Tensor, top: float = 0.1) -> Tensor:
     """Intersection over union of the share ``top`` of the valid pixels (at least one) that are strongest in each map.
 
-    Of equal values the first in reading order count. NaN where a map is constant over the valid pixels.
+    Pixels that share a value are taken together or not at all: those at the cut-off are left out where they are more
+    than the share has room for, unless they are the map's largest. So the many zeros of a sparse map overlap with
+    nothing, and the order of the pixels decides nothing. NaN where a map is constant over the valid pixels.
     """
     kept = int(valid.sum())
     count = max(1, round(top * kept))
     strongest, constant = [], []
     for one in (a, b):
         flat = one[:, valid]
-        order = flat.argsort(dim=1, descending=True, stable=True)[:, :count]
-        strongest.append(torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True))
+        ordered = flat.sort(1, descending=True).values
+        chosen = flat > ordered[:, count, None] if count < kept else torch.ones_like(flat, dtype=torch.bool)
+        none = ~chosen.any(1, keepdim=True)
+        strongest.append(torch.where(none, flat == ordered[:, :1], chosen))
         constant.append((flat == flat[:, :1]).all(1))
     first, second = strongest
     found = (first & second).sum(1).double() / (first | second).sum(1)

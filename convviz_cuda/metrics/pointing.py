@@ -12,6 +12,7 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ._presets import check_preset
 from ._result import Metric, check_maps
 from .confidence import NORMALISE, normalised
 
-Truth = Tensor | Sequence[Tensor]
+Truth = Tensor | Sequence[Tensor] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
 PRESETS = {"ebp2016": {"tolerance": 15, "per_class": True}}
 
 
@@ -58,8 +59,8 @@ def pointing_game(
 
     Args:
         maps: (N, H, W) or (N, 1, H, W), float.
-        truth: where the objects are: masks (N, H, W), bool, one for each image; boxes (N, 4); or a list of N tensors of
-            boxes, (K, 4) each, for images with several objects of the class.
+        truth: where the objects are: masks (N, H, W), bool, one for each image; boxes (N, 4), a tensor or a list; or N
+            tensors or lists of boxes, (K, 4) each, for images with several objects of the class.
         tolerance: in pixels, at least 0.
         labels: the class of each image: the accuracy is taken per class then, and its mean over the classes.
         preset: "ebp2016": 15 pixels and accuracy per class, so that labels are needed.
@@ -168,19 +169,29 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, overlap / union, 0.0)
 
 
+@dataclasses.dataclass
+class LocalizationAccuracy(Metric):
+    """Hits (1.0) and misses (0.0) of each image.
+
+    iou: (N,) float64 on the CPU, the intersection over union with the object that fits best.
+    """
+
+    iou: Tensor
+
+
 def localization_accuracy(
     predicted: Any, truth: Truth, threshold: float = 0.5, *, rule: Any = "gradcam15"
-) -> Metric:
+) -> LocalizationAccuracy:
     """1.0 where the box found for an image and the object's have an intersection over union of at least ``threshold``.
 
     Source: the localisation task of ILSVRC (Russakovsky et al. 2015), for a box of a given class. Of several objects
     the one that fits best counts.
 
     Args:
-        predicted: boxes (N, 4); what :func:`convviz_cuda.localization.localize` gave; or maps (N, H, W) or
-            (N, 1, H, W), which it is called with. A box without area, which a map without anything positive gives, is a
-            miss.
-        truth: boxes (N, 4), or a list of N tensors of boxes (K, 4).
+        predicted: boxes (N, 4), a tensor or a list; what :func:`convviz_cuda.localization.localize` gave; or maps
+            (N, H, W) or (N, 1, H, W), which it is called with. A box without area, which a map without anything
+            positive gives, is a miss.
+        truth: boxes (N, 4), or N lists or tensors of boxes (K, 4).
         threshold: from 0 to 1.
         rule: how a map becomes a box, if maps are given: "gradcam15", "cam20" or a share of the maximum. A graph cut
             needs the images: call ``localize`` with them.
@@ -197,14 +208,14 @@ def localization_accuracy(
     if not isinstance(predicted, Tensor) and isinstance(getattr(predicted, "boxes", None), Tensor):
         settings["localization"] = dict(predicted.settings)
         predicted = predicted.boxes
-    found = _boxes("predicted", predicted)
+    found = _boxes("predicted", _tensor("predicted", predicted))
     if found.dim() != 2:
         raise ValueError(f"predicted must be boxes (N, 4) or maps, but its shape is {tuple(found.shape)}.")
     objects = _objects(truth, len(found))
     best = [float(box_iou(box, each.to(box.device)).amax()) for box, each in zip(found, objects, strict=True)]
     iou = torch.tensor(best, dtype=torch.float64)
     hits = (iou >= threshold) & (found[:, 2:] > found[:, :2]).all(1).cpu()
-    return Metric("localization_accuracy", hits.double(), settings)
+    return LocalizationAccuracy("localization_accuracy", hits.double(), settings, iou)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -242,6 +253,17 @@ def _maps_and_masks(maps: Any, truth: Any) -> tuple[Tensor, Tensor]:
     return maps, masks
 
 
+def _tensor(name: str, boxes: Any) -> Any:
+    """Lists and arrays of boxes as a tensor; what is neither stays as it is."""
+    if not isinstance(boxes, list | tuple | np.ndarray):
+        return boxes
+    rows = [each.tolist() if isinstance(each, Tensor) else each for each in boxes]
+    try:
+        return torch.tensor(np.asarray(rows, dtype=np.float64)) if len(rows) else torch.zeros(0, 4)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must hold boxes of four numbers, but it is {boxes!r}.") from None
+
+
 def _boxes(name: str, boxes: Any) -> Tensor:
     """Boxes as float64 (..., 4)."""
     if not isinstance(boxes, Tensor) or boxes.is_complex() or boxes.dtype == torch.bool:
@@ -268,7 +290,7 @@ def _objects(truth: Any, count: int) -> list[Tensor]:
         raise ValueError(
             f"truth must hold a box (N, 4) for each image, but its shape is {tuple(every.shape)}."
         )
-    objects = [_boxes("truth", each) for each in every]
+    objects = [_boxes("truth", _tensor("truth", each)) for each in every]
     objects = [each[None] if each.dim() == 1 else each for each in objects]
     for image, boxes in enumerate(objects):
         if boxes.dim() != 2 or not len(boxes):

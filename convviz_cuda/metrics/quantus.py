@@ -6,6 +6,7 @@ Quantus itself is not needed to import this module, nor by :func:`explain_func`.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attr._gradient import EXAMPLES, check_at_once, check_module
-from ..checks import check_images
+from ..attr._gradient import check_at_once, check_module
+from ..checks import check_images, check_int
+from ._explain import examples, name_of, recorded, recorded_target
 from ._result import Metric
 
 # What Quantus adds to the keyword arguments of every explanation, and no method of ours takes.
@@ -57,7 +59,7 @@ def explain_func(
             )
         explained = method(model)
         given = {**options, **{name: value for name, value in kwargs.items() if name not in OF_QUANTUS}}
-        at_once = batch_size or EXAMPLES.get(images.device.type, EXAMPLES["cuda"])
+        at_once = examples([images], batch_size)
         parts = []
         # An empty batch goes through too: it is the method that knows the maps' shape.
         for start in range(0, max(1, len(images)), at_once):
@@ -88,13 +90,15 @@ def quantus_metric(
     Args:
         metric: a metric of Quantus, an object that is called with ``model``, ``x_batch``, ``y_batch``, ``a_batch``,
             ...; with ``return_aggregate=False``, because there has to be a value for each image.
-        model: the classifier. Its modes, gradients and values are as before afterwards.
+        model: the classifier. The metric gets a copy, so that whatever it does to modes, gradients and weights stays
+            its own.
         images: (N, C, H, W), float.
         maps: (N, C, H, W), (N, 1, H, W) or (N, H, W); None: the metric explains itself, by ``method``.
         target: an int or N classes.
         masks: (N, H, W), bool: where the objects are, for metrics of localisation.
         method: as of :func:`explain_func`, for metrics that explain other images too.
-        seed: of NumPy's global generator, which Quantus draws from: it is seeded for the call, and restored.
+        seed: of the global generators of NumPy and PyTorch, which Quantus draws from: both are seeded for the call,
+            and restored.
         kwargs: passed on to the metric's call (``explain_func_kwargs``, ``softmax``, ``batch_size``, ...).
 
     Returns:
@@ -104,6 +108,7 @@ def quantus_metric(
     """
     check_module(model)
     check_images("images", images)
+    check_int("seed", seed, 0, 2**32 - 1)
     classes = torch.as_tensor(target).flatten()
     classes = classes.expand(len(images)) if classes.numel() == 1 else classes
     if len(classes) != len(images):
@@ -124,8 +129,10 @@ def quantus_metric(
     if method is not None:
         given["explain_func"] = explain_func(method)
     given.update(kwargs)
-    with _untouched(model), _numpy_seeded(seed):
-        scores = metric(model=model, x_batch=_array(images), y_batch=classes.cpu().numpy(), **given)
+    # A copy: metrics call backward(), switch modes and write weights.
+    given["model"] = copy.deepcopy(model)
+    with _seeded(seed, images.device):
+        scores = metric(x_batch=_array(images), y_batch=classes.cpu().numpy(), **given)
     try:
         values = torch.as_tensor(np.asarray(scores, dtype=np.float64)).flatten()
     except (TypeError, ValueError):
@@ -138,11 +145,13 @@ def quantus_metric(
         )
     settings = {
         "library": "quantus",
-        "target": classes.tolist(),
+        **recorded_target(classes, len(images)),
         "seed": int(seed),
-        "metric": {name: _plain(value) for name, value in sorted(vars(metric).items()) if _recorded(name)},
-        "arguments": {name: _plain(value) for name, value in kwargs.items()},
-        "method": getattr(method, "__qualname__", None),
+        "metric": recorded(
+            {name: value for name, value in sorted(vars(metric).items()) if _is_setting(name)}
+        ),
+        "arguments": recorded(kwargs),
+        "method": None if method is None else name_of(method),
     }
     return Metric(type(metric).__name__, values, settings)
 
@@ -153,39 +162,18 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy().copy()
 
 
-def _recorded(name: str) -> bool:
+def _is_setting(name: str) -> bool:
     return not name.startswith("_") and not name.endswith("evaluation_scores") and name != "explain_func"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, str | int | float | bool | type(None)):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
-    return getattr(value, "__name__", type(value).__name__)
-
-
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Modes and gradients of a model stay as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-
-@contextlib.contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generators of NumPy and PyTorch, which Quantus draws from and seeds, are put back afterwards."""
     state = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)

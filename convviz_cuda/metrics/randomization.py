@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +18,11 @@ from ..attr._gradient import check_at_once, check_module, find_layer
 from ..attr._inputs import Target, extra_args
 from ..attr._masked_images import args_of_each_image
 from ..attr._taps import tapped
-from ..checks import check_images
+from ..checks import check_images, check_int
 from ..progress import Progress
-from ._explain import Explainer, examples, predicted
-from ._similarity import DEFAULT, Similarities, check_similarities, similar
+from ._evaluated import evaluated
+from ._explain import Explainer, examples, name_of, predicted, recorded, recorded_target
+from ._similarity import DEFAULT, Similarities, check_similarities, described, similar
 
 MODES = ("cascading", "independent")
 INITIALISATIONS = ("reset", "normal")
@@ -90,60 +90,66 @@ def model_randomization(
         raise ValueError(
             f"initialisation must be one of {', '.join(map(repr, INITIALISATIONS))}, but it is {initialisation!r}."
         )
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an int from 0 to 2**64 - 1, but it is {seed!r}.")
-    size, at_once = images.shape[2:], examples(images.device, batch_size)
+    check_int("seed", seed, 0, 2**64 - 1)
+    size, at_once = images.shape[2:], examples([images], batch_size)
     measures = check_similarities(similarity, top, size)
     chosen = _names(model, layers)
     images = images.detach()
     if not len(images):
         raise ValueError("images must hold at least one image.")
-    current = copy.deepcopy(model)
-    names = _from_the_top(
-        current, chosen, images[:1], additional_forward_args, len(images), layers is not None
-    )
     given_target = target
-    if target is None:
-        target = predicted(copy.deepcopy(model), images, additional_forward_args, at_once)
-    explain = Explainer(target, additional_forward_args, kwargs, len(images), size)
-    everywhere = torch.ones(tuple(size), dtype=torch.bool, device=images.device)
-    rows = (len(names), len(images))
-    found = {
-        measure + kind: torch.full(rows, math.nan, dtype=torch.float64)
-        for measure in measures
-        for kind in ("", "_abs")
-    }
-    with Progress(len(images) * (1 + len(names)), "maps", show_progress, "model randomisation") as progress:
-
-        def maps(of: nn.Module) -> list[tuple[Tensor, Tensor]]:
-            # Of a copy of its own: a method may keep what it learned about a model.
-            explained, parts = method(of), []
-            for start in range(0, len(images), at_once):
-                part = images[start : start + at_once]
-                parts.append(explain(explained, part, start))
-                progress.advance(len(part))
-            return parts
-
-        original = maps(copy.deepcopy(model))
+    with evaluated(model):
         current = copy.deepcopy(model)
-        for step, name in enumerate(names):
-            if mode == "independent":
-                current = copy.deepcopy(model)
-            _randomise(current, name, initialisation, int(seed))
-            for batch, (before, after) in enumerate(zip(original, maps(copy.deepcopy(current)), strict=True)):
-                here = slice(batch * at_once, (batch + 1) * at_once)
-                for measure in measures:
-                    for kind, (a, b) in zip(("", "_abs"), zip(before, after, strict=True), strict=True):
-                        found[measure + kind][step, here] = similar(measure, a, b, everywhere, top)
+        names = _from_the_top(
+            current, chosen, images[:1], additional_forward_args, len(images), layers is not None
+        )
+        if target is None:
+            target = predicted(copy.deepcopy(model), images, additional_forward_args, at_once)
+        explain = Explainer(target, additional_forward_args, kwargs, len(images), size)
+        everywhere = torch.ones(tuple(size), dtype=torch.bool, device=images.device)
+        rows = (len(names), len(images))
+        found = {
+            measure + kind: torch.full(rows, math.nan, dtype=torch.float64)
+            for measure in measures
+            for kind in ("", "_abs")
+        }
+        with Progress(
+            len(images) * (1 + len(names)), "maps", show_progress, "model randomisation"
+        ) as progress:
+
+            def maps(of: nn.Module) -> list[tuple[Tensor, Tensor]]:
+                # Of a copy of its own: a method may keep what it learned about a model.
+                explained, parts = method(of), []
+                for start in range(0, len(images), at_once):
+                    part = images[start : start + at_once]
+                    parts.append(explain(explained, part, start))
+                    progress.advance(len(part))
+                return parts
+
+            original = maps(copy.deepcopy(model))
+            current = copy.deepcopy(model)
+            for step, name in enumerate(names):
+                if mode == "independent":
+                    current = copy.deepcopy(model)
+                _randomise(current, name, initialisation, int(seed))
+                for batch, (before, after) in enumerate(
+                    zip(original, maps(copy.deepcopy(current)), strict=True)
+                ):
+                    here = slice(batch * at_once, (batch + 1) * at_once)
+                    for measure in measures:
+                        for kind, (a, b) in zip(("", "_abs"), zip(before, after, strict=True), strict=True):
+                            found[measure + kind][step, here] = similar(measure, a, b, everywhere, top)
     settings = {
         "mode": mode,
         "seed": int(seed),
         "initialisation": initialisation,
-        "top": top,
-        "target": "predicted" if given_target is None else given_target,
-        "method": getattr(method, "__qualname__", type(method).__qualname__),
-        "arguments": {name: repr(value) for name, value in kwargs.items()},
-        "ssim": "Gaussian window of 11 pixels, sigma 1.5, maps divided by their largest magnitude",
+        **described(measures, top),
+        **recorded_target(target, len(images)),
+        **({"target": "predicted"} if given_target is None else {}),
+        **explain.record,
+        "method": name_of(method),
+        "additional_forward_args": recorded(additional_forward_args),
+        "arguments": recorded(kwargs),
     }
     return Similarities("model_randomization", names, found, settings)
 

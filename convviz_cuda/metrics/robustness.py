@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._draws import normal
-from ..attr._gradient import EXAMPLES, check_at_once
+from .._draws import drawn_as_usual, normal
+from ..attr._gradient import check_at_once
 from ..attr._inputs import Inputs, Target, as_tuple, extra_args, select_target
-from ..checks import check_images
+from ..checks import check_images, check_int
 from ..experiments.invariance import transform_images
 from ..mask_ops import philox
 from ..progress import Progress
-from ._explain import Explainer, check_method, examples
+from ._evaluated import evaluated
+from ._explain import Explainer, check_method, examples, name_of, recorded, recorded_target
 from ._result import Metric
-from ._similarity import DEFAULT, Similarities, check_similarities, similar
+from ._similarity import DEFAULT, Similarities, check_similarities, described, similar
 
 WORD = 2.0**-32
 
@@ -92,11 +93,23 @@ def _rows(tensors: tuple[Tensor, ...], count: int, start: int, stop: int) -> tup
     return tuple(x.unflatten(0, (count, -1))[:, start:stop].flatten(0, 1) for x in tensors)
 
 
-def _perturbed_at_once(count: int, samples: int, most: int | None, all_together: bool) -> int:
+def _perturbed_at_once(
+    tensors: tuple[Tensor, ...], samples: int, most: int | None, all_together: bool
+) -> int:
     """Samples of each example in one call of the perturbation."""
+    count = max(1, len(tensors[0]))
     if most is not None:
-        return min(max(most // max(1, count), 1), samples)
-    return samples if all_together else max(1, min(samples, 64 // max(1, count)))
+        return min(max(most // count, 1), samples)
+    return samples if all_together else max(1, min(samples, examples(tensors) // count))
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of this name, or takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of some built-in functions there is none
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _checked_counts(n_perturb_samples: Any, max_examples_per_batch: Any) -> None:
@@ -127,7 +140,7 @@ def sensitivity_max(
     """The largest relative change of an explanation under small perturbations, with Captum's signature.
 
     ``max |A(x + d) - A(x)| / |A(x)|`` over samples of d; where A(x) is zero, it is not divided. Source: Yeh et al., "On
-    the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), definition 3.
+    the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), section 3.
 
     Args:
         explanation_func: gives the explanation (tensor or tuple, a row for each example) of inputs, a method's
@@ -143,7 +156,8 @@ def sensitivity_max(
         perturb_seed: of the default perturbation. A sample's noise depends on this number, the example's place and the
             sample's number, not on the batches; PyTorch's random state stays as it is.
         return_metric: give a :class:`Metric` with the settings instead of the tensor.
-        show_progress: count the samples on stderr, with the time left.
+        show_progress: passed on to an ``explanation_func`` that takes it, as from Captum; else the samples are counted
+            on stderr, with the time left.
         kwargs: passed on to ``explanation_func``; a ``target``, ``additional_forward_args`` and ``baselines`` that
             belong to single examples are repeated with them.
 
@@ -162,14 +176,15 @@ def sensitivity_max(
     ours = perturb_func is default_perturb_func
     if ours and not (isinstance(perturb_radius, numbers.Real) and 0 <= perturb_radius < math.inf):
         raise ValueError(f"perturb_radius must be at least 0 and finite, but it is {perturb_radius!r}.")
-    drawn_at_once = _perturbed_at_once(count, n_perturb_samples, max_examples_per_batch, not ours)
-    at_once = drawn_at_once
+    check_int("perturb_seed", perturb_seed, 0, 2**64 - 1)
+    forwarded = show_progress and _takes(explanation_func, "show_progress")
+    given_options = {**kwargs, "show_progress": show_progress} if forwarded else kwargs
+    drawn_at_once = at_once = _perturbed_at_once(tensors, n_perturb_samples, max_examples_per_batch, not ours)
     if max_examples_per_batch is None:
-        size = EXAMPLES.get(tensors[0].device.type, EXAMPLES["cuda"])
-        at_once = max(1, size // max(1, count))
+        at_once = max(1, examples(tensors) // max(1, count))
 
     def explained(given: tuple[Tensor, ...], copies: int) -> Tensor:
-        options = dict(kwargs)
+        options = dict(given_options)
         if copies and "target" in options:
             options["target"] = _interleaved(options["target"], copies)
         if copies and options.get("additional_forward_args") is not None:
@@ -190,16 +205,18 @@ def sensitivity_max(
             return _in_ball(repeated, perturb_radius, items, perturb_seed)
         takes = len(inspect.signature(perturb_func).parameters)
         given = _unwrapped(repeated, len(repeated) == 1)
-        return as_tuple(perturb_func(given, perturb_radius) if takes > 1 else perturb_func(given))
+        with drawn_as_usual():
+            return as_tuple(perturb_func(given, perturb_radius) if takes > 1 else perturb_func(given))
 
-    if count:
-        original = explained(tensors, 0)
-        length = torch.linalg.vector_norm(original, order, 1)
-        length = torch.where(length == 0, 1.0, length)
-        largest = torch.full_like(length, -math.inf)
-    else:
-        largest = torch.zeros(0, device=tensors[0].device)
-    with Progress(count * n_perturb_samples, "samples", show_progress, "sensitivity") as progress:
+    shown = Progress(count * n_perturb_samples, "samples", show_progress and not forwarded, "sensitivity")
+    with evaluated(explanation_func), shown as progress:
+        if count:
+            original = explained(tensors, 0)
+            length = torch.linalg.vector_norm(original, order, 1)
+            length = torch.where(length == 0, 1.0, length)
+            largest = torch.full_like(length, -math.inf)
+        else:
+            largest = torch.zeros(0, device=tensors[0].device)
         for start in range(0, n_perturb_samples if count else 0, drawn_at_once):
             stop = min(start + drawn_at_once, n_perturb_samples)
             drawn = perturbed(start, stop)
@@ -213,13 +230,15 @@ def sensitivity_max(
     if not return_metric:
         return largest
     settings = {
-        "perturb_func": "uniform in the ball" if ours else _name(perturb_func),
+        "perturb_func": "uniform in the ball" if ours else name_of(perturb_func),
         "perturb_radius": perturb_radius,
         "n_perturb_samples": n_perturb_samples,
         "norm_ord": norm_ord,
-        "perturb_seed": perturb_seed if ours else None,
-        "explanation_func": _name(explanation_func),
-        "target": kwargs.get("target"),
+        "perturb_seed": int(perturb_seed) if ours else None,
+        "max_examples_per_batch": None if ours else max_examples_per_batch,
+        "explanation_func": name_of(explanation_func),
+        **recorded_target(kwargs.get("target"), count),
+        "arguments": recorded({name: value for name, value in kwargs.items() if name != "target"}),
     }
     return Metric("sensitivity_max", largest.double().cpu(), settings)
 
@@ -242,7 +261,7 @@ def infidelity(
 ) -> Tensor | Metric:
     """The mean square error of ``sum(perturbation * attribution)`` as the fall of the score, with Captum's signature.
 
-    Source: Yeh et al., "On the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), definition 2.
+    Source: Yeh et al., "On the (in)fidelity and sensitivity of explanations" (NeurIPS 2019), section 2.
 
     Args:
         forward_func: a model or any callable that returns scores.
@@ -284,11 +303,9 @@ def infidelity(
     assert fills is None or len(fills) == len(tensors), (
         f"There must be a baseline for each input: there are {len(tensors)} inputs and {len(fills or ())} baselines."
     )
-    drawn_at_once = _perturbed_at_once(count, n_perturb_samples, max_examples_per_batch, True)
-    at_once = drawn_at_once
+    drawn_at_once = at_once = _perturbed_at_once(tensors, n_perturb_samples, max_examples_per_batch, True)
     if max_examples_per_batch is None:
-        size = EXAMPLES.get(tensors[0].device.type, EXAMPLES["cuda"])
-        at_once = max(1, size // max(1, count))
+        at_once = max(1, examples(tensors) // max(1, count))
 
     def scores(given: tuple[Tensor, ...], copies: int) -> Tensor:
         args = _interleaved_args(additional_forward_args, copies, count)
@@ -304,13 +321,16 @@ def infidelity(
         given: tuple[Any, ...] = (_unwrapped(repeated, single),)
         if fills is not None:
             rows = tuple(
-                b.repeat_interleave(copies, 0)
-                if isinstance(b, Tensor) and b.dim() and len(b) == len(x) and len(b) > 1
-                else b
+                b
+                if not isinstance(b, Tensor)
+                else b.repeat_interleave(copies, 0)
+                if b.dim() and len(b) == len(x) and len(b) > 1
+                else b.clone()  # the function may write to what it is given
                 for b, x in zip(fills, tensors, strict=True)
             )
             given += (_unwrapped(rows, single),)
-        change, variants = map(as_tuple, perturb_func(*given))
+        with drawn_as_usual():
+            change, variants = map(as_tuple, perturb_func(*given))
         assert len(change) == len(tensors) == len(variants), (
             "perturb_func must give a perturbation and a perturbed tensor for each input. "
             f"There are {len(tensors)} inputs, {len(change)} perturbations and {len(variants)} perturbed inputs."
@@ -323,9 +343,10 @@ def infidelity(
         return change, variants
 
     squares: list[Tensor] = []
-    if count:
-        clean = scores(tensors, 1)
-    with Progress(count * n_perturb_samples, "samples", show_progress, "infidelity") as progress:
+    shown = Progress(count * n_perturb_samples, "samples", show_progress, "infidelity")
+    with evaluated(forward_func), shown as progress:
+        if count:
+            clean = scores(tensors, 1)
         for start in range(0, n_perturb_samples if count else 0, drawn_at_once):
             drawn = min(drawn_at_once, n_perturb_samples - start)
             change, variants = perturbed(drawn)
@@ -352,11 +373,14 @@ def infidelity(
     if not return_metric:
         return values
     settings = {
-        "perturb_func": _name(perturb_func),
+        "forward_func": name_of(forward_func),
+        "perturb_func": name_of(perturb_func),
         "n_perturb_samples": n_perturb_samples,
+        "max_examples_per_batch": max_examples_per_batch,
         "normalize": bool(normalize),
-        "target": target,
-        "baselines": "tensors" if any(isinstance(b, Tensor) for b in fills or ()) else fills,
+        **recorded_target(target, count),
+        "baselines": recorded(fills),
+        "additional_forward_args": recorded(additional_forward_args),
     }
     return Metric("infidelity", values.double().cpu(), settings)
 
@@ -446,13 +470,12 @@ def equivariance(
         raise TypeError(f"fill must be 'edge', 'reflect' or a number, but it is {fill!r}.")
     if isinstance(fill, str) and fill not in ("edge", "reflect"):
         raise ValueError(f"fill must be 'edge', 'reflect' or a number, but it is {fill!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an int from 0 to 2**64 - 1, but it is {seed!r}.")
+    check_int("seed", seed, 0, 2**64 - 1)
     size = images.shape[2:]
     names = check_similarities(similarity, top, size)
     images = images.detach()
     explain = Explainer(target, additional_forward_args, kwargs, len(images), size)
-    at_once = examples(images.device, batch_size)
+    at_once = examples([images], batch_size)
 
     def moved(batch: Tensor, value: Any, fill: str | float) -> Tensor:
         if transform == "rotation":
@@ -477,7 +500,7 @@ def equivariance(
     ]
     found = {name: torch.full((len(steps), len(images)), math.nan, dtype=torch.float64) for name in names}
     total = len(images) * (1 + len(steps))
-    with Progress(total, "maps", show_progress, "equivariance") as progress:
+    with evaluated(method), Progress(total, "maps", show_progress, "equivariance") as progress:
         for start in range(0, len(images), at_once):
             part = images[start : start + at_once]
             here = slice(start, start + len(part))
@@ -492,14 +515,15 @@ def equivariance(
                 progress.advance(len(part))
     settings = {
         "transform": transform,
-        "top": top,
+        **described(names, top),
         "absolute": bool(absolute),
         "fill": fill,
         "seed": int(seed) if transform == "noise" else None,
-        "target": target,
-        "method": _name(method),
-        "arguments": {name: repr(value) for name, value in kwargs.items()},
-        "ssim": "Gaussian window of 11 pixels, sigma 1.5, maps divided by their largest magnitude",
+        **recorded_target(target, len(images)),
+        **explain.record,
+        "method": name_of(method),
+        "additional_forward_args": recorded(additional_forward_args),
+        "arguments": recorded(kwargs),
     }
     return Similarities("equivariance", steps, found, settings)
 
@@ -524,9 +548,3 @@ def _checked_values(transform: Any, values: Any) -> list[Any]:
 
 def _wide(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-
-
-def _name(function: Any) -> str:
-    owner = getattr(function, "__self__", None)
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{type(owner).__qualname__}.{function.__name__}" if owner is not None else name
