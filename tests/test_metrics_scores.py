@@ -80,6 +80,23 @@ def test_normalisation() -> None:
     assert shown(None) == pytest.approx([0.5, 1.0, 0.0])
 
 
+@pytest.mark.parametrize("options", [{}, {"preset": "gradcampp2018"}])
+def test_what_is_irrelevant_in_a_signed_map_is_hidden(options) -> None:
+    x = torch.full((1, 3, 4, 4), 0.8, dtype=torch.float64)
+    maps = torch.zeros(1, 4, 4, dtype=torch.float64)
+    maps[0, 0, 0], maps[0, 3, 3] = 5.0, -5.0  # the other pixels have no relevance at all
+    shown = []
+
+    def model(v: Tensor) -> Tensor:
+        shown.append(v.clone())
+        return Mean()(v.clamp(min=1e-9))
+
+    metrics.average_drop(model, x, maps, 0, **options)
+    expected = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    expected[0, :, 0, 0] = 0.8
+    assert torch.equal(shown[-1], expected)
+
+
 def test_outputs_instead_of_probabilities() -> None:
     model, x = built(Plain), images()
     maps = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -87,7 +104,7 @@ def test_outputs_instead_of_probabilities() -> None:
     with torch.no_grad():
         full = model(x)[:, 2]
         masked = model(x * ((maps - low) / (high - low))[:, None])[:, 2]
-    found = metrics.average_drop(model, x, maps, 2, score="output")
+    found = metrics.average_drop(model, x, maps, 2, score="output", normalise="minmax")
     expected = [
         100 * max(0.0, y - o) / y if y > 0 else math.nan
         for y, o in zip(full.tolist(), masked.tolist(), strict=True)
@@ -141,7 +158,7 @@ def test_maps_of_another_size() -> None:
 def test_what_is_recorded() -> None:
     x, maps = halves()
     found = metrics.average_drop(Mean(), x, maps, preset="gradcampp2018")
-    expected = {"score": "softmax", "normalise": "minmax", "fill": 0.0, "target": "predicted"}
+    expected = {"score": "softmax", "normalise": "max", "fill": 0.0, "target": "predicted"}
     assert expected.items() <= found.settings.items() and found.settings["preset"] == "gradcampp2018"
     assert found.name == "average_drop"
     written = json.loads(json.dumps(found.as_dict(), allow_nan=False))
@@ -155,7 +172,7 @@ def test_what_is_recorded() -> None:
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (ValueError, "preset 'gradcampp2018' has normalise", {"preset": "gradcampp2018", "normalise": "max"}),
+        (ValueError, "preset 'gradcampp2018' has normalise", {"preset": "gradcampp2018", "normalise": "minmax"}),
         (ValueError, "preset 'gradcampp2018' has score", {"preset": "gradcampp2018", "score": "output"}),
         (ValueError, "preset must be", {"preset": "rise2018"}),
         (ValueError, "score must be", {"score": "logits"}),
@@ -247,5 +264,7 @@ def test_equals_torch_cam() -> None:
     metric = peer.ClassificationMetric(Extractor(), lambda scores: scores.softmax(1))
     metric.update(x)
     expected = metric.summary()
-    assert metrics.average_drop(net, x, maps).mean == pytest.approx(100 * expected["avg_drop"], rel=1e-5)
-    assert metrics.increase_in_confidence(net, x, maps).mean == pytest.approx(100 * expected["conf_increase"])
+    drop = metrics.average_drop(net, x, maps, normalise="minmax")
+    assert drop.mean == pytest.approx(100 * expected["avg_drop"], rel=1e-5)
+    rise = metrics.increase_in_confidence(net, x, maps, normalise="minmax")
+    assert rise.mean == pytest.approx(100 * expected["conf_increase"])

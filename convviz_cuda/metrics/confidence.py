@@ -25,7 +25,7 @@ from ._presets import check_preset
 from ._result import Metric, check_maps
 
 NORMALISE = (None, "minmax", "max")
-PRESETS = {"gradcampp2018": {"score": "softmax", "normalise": "minmax"}}
+PRESETS = {"gradcampp2018": {"score": "softmax", "normalise": "max"}}
 
 
 def normalised(maps: Tensor, how: str | None) -> Tensor:
@@ -86,7 +86,7 @@ def confidence(
     additional_forward_args: Any = None,
     *,
     score: Score = "softmax",
-    normalise: str | None = "minmax",
+    normalise: str | None = "max",
     resize: str | None = None,
     preset: str | None = None,
     batch_size: int | None = None,
@@ -104,10 +104,11 @@ def confidence(
         additional_forward_args: passed on behind the images; tensors with a row for each image go with them.
         score: "softmax", the class's probability, or "output", the model's output as it is: for a model that ends in
             probabilities. Of logits the metrics are not those of the paper.
-        normalise: how each map is brought to [0, 1]: "minmax", "max" (negative values are 0 then) or None for maps that
-            are to be multiplied as they are. A constant map becomes 0 under "minmax", so it shows nothing.
+        normalise: how each map is brought to [0, 1]: "max" (default): negative values become 0, then divided by the
+            maximum, as the paper's authors do; "minmax": less the minimum, then divided by the maximum, so that a map
+            with negative values shows much where it says nothing, and a constant map shows nothing; None: as it is.
         resize: how maps of another size are brought to the images': "bilinear" or "nearest"; None: they are refused.
-        preset: "gradcampp2018": softmax, minmax.
+        preset: "gradcampp2018": softmax, max.
         batch_size: images in one forward; None: a number for the device. The result does not depend on it.
         show_progress: count the images on stderr, with the time left.
 
