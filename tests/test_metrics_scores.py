@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from attribution_cases import Plain, Reused, built, images, state
 from torch import Tensor, nn
 
 from convviz_cuda import metrics
+from convviz_cuda.metrics import average_drop
+
+confidence_module = sys.modules[average_drop.__module__]
 
 
 class Mean(nn.Module):
@@ -144,6 +148,30 @@ def test_several_methods_in_one_pass_and_any_batch_size() -> None:
     torch.testing.assert_close(alone.values, whole.average_drop("b").values)
 
 
+@pytest.mark.parametrize("limit", [1, 4, 100])
+def test_images_at_once_are_as_many_as_fit(limit, monkeypatch) -> None:
+    """A function that bears few images at once, as on a GPU whose memory is full."""
+    model, x = built(Plain), images(11)
+    maps = torch.rand(11, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = metrics.average_drop(model, x, maps, batch_size=1).values
+    calls: list[int] = []
+
+    def tight(v: Tensor) -> Tensor:
+        calls.append(len(v))
+        if len(v) > limit:
+            raise torch.OutOfMemoryError("no memory")
+        return model(v)
+
+    torch.testing.assert_close(metrics.average_drop(tight, x, maps).values, expected)
+    assert sum(n for n in calls if n <= limit) >= 22 and max(calls) <= 8
+    with pytest.raises(torch.OutOfMemoryError) if limit < 11 else contextlib.nullcontext():
+        metrics.average_drop(tight, x, maps, batch_size=11)
+    calls.clear()
+    monkeypatch.setitem(confidence_module.INPUT_BYTES, "cpu", 3 * x[:1].nbytes)
+    metrics.average_drop(tight, x, maps)
+    assert max(calls) == 3  # never more than this many bytes of images
+
+
 def test_maps_of_another_size() -> None:
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     small = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
@@ -163,16 +191,26 @@ def test_what_is_recorded() -> None:
     assert found.name == "average_drop"
     written = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert written["values"] == pytest.approx([50.0, 0.0])
-    assert metrics.average_drop(Mean(), x, maps, torch.tensor([0, 1])).as_dict()["settings"]["target"] == [
-        0,
-        1,
-    ]
+    assert (
+        found.settings["targets"] == [0, 1] and found.settings["method"] == "maps"
+    )  # 0.8 and 0.4, see halves
+    given = metrics.average_drop(Mean(), x, maps, torch.tensor([1, 0])).as_dict()["settings"]
+    assert given["target"] == "given" and given["targets"] == [1, 0]
+    both = metrics.confidence(Mean(), x, {"this": maps, "that": maps}, 1)
+    assert both.targets == [1, 1]
+    won = both.win_rate("that", "this").settings
+    assert (won["method"], won["against"], won["targets"]) == ("that", "this", [1, 1])
+    assert both.increase("that").settings["method"] == both.average_drop("that").settings["method"] == "that"
 
 
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (ValueError, "preset 'gradcampp2018' has normalise", {"preset": "gradcampp2018", "normalise": "minmax"}),
+        (
+            ValueError,
+            "preset 'gradcampp2018' has normalise",
+            {"preset": "gradcampp2018", "normalise": "minmax"},
+        ),
         (ValueError, "preset 'gradcampp2018' has score", {"preset": "gradcampp2018", "score": "output"}),
         (ValueError, "preset must be", {"preset": "rise2018"}),
         (ValueError, "score must be", {"score": "logits"}),

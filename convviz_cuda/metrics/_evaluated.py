@@ -1,17 +1,20 @@
-"""The caller's model while a metric runs it: as it is, and the same afterwards."""
+"""The caller's model in a metric: run as it is, the same afterwards; its scores and the classes that it predicts."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._draws import drawn_from
+from ..attr._inputs import Target, extra_args
+from ..attr._masked import memory_format
+from ..attr._masked_images import Evaluate, args_of_each_image, image_scores, of_each_image
 
 # What is behind a function: a partial's function, a method's object, the function of an attribution method.
 BEHIND = ("func", "__self__", "forward_func", "model", "attribution_method")
@@ -120,3 +123,70 @@ def _draws(part: nn.Module) -> bool:
     name = type(part).__name__  # torchvision's and timm's layers too
     dropped = getattr(part, "p", getattr(part, "drop_prob", 1.0))
     return name == "RReLU" or (("Drop" in name or name == "StochasticDepth") and dropped != 0)
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def scored(function: Callable[..., Any], target: Target, args: Any, count: int, score: str) -> Evaluate:
+    """What gives the scores of masked images, ``(n, 1)``, from the images and the numbers of those they are made of.
+
+    target, args: of the ``count`` images; each masked image gets its image's.  score: "softmax" or "output".
+
+    Raises AssertionError for targets of another number of images.
+    """
+    each, args = [of_each_image(target, count)], extra_args(args)
+
+    def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
+        return image_scores(function(given, *args_of_each_image(args, image, count)), score, each, numbers)
+
+    return evaluate
+
+
+@torch.no_grad()
+def predicted(
+    function: Callable[..., Any], images: Tensor, args: Any, batch_size: int = 1
+) -> list[int] | None:
+    """The class with the highest score of each image; None for functions that give one score an image.
+
+    batch_size: images in one forward. Alone, no image is rounded otherwise because of those beside it.
+
+    Raises ValueError for an output that is not ``(N, classes)``.
+    """
+    found: list[int] = []
+    for start in range(0, len(images), batch_size):
+        image = torch.arange(start, min(start + batch_size, len(images)), device=images.device)
+        given = images[start : start + batch_size].detach().clone(memory_format=memory_format(images))
+        classes = best_classes(
+            function(given, *args_of_each_image(extra_args(args), image, len(images))), len(image)
+        )
+        if classes is None:
+            return None
+        found += classes
+    return found
+
+
+def best_classes(output: Any, count: int) -> list[int] | None:
+    """The class of the highest score of each of ``count`` images, see :func:`predicted`."""
+    if isinstance(output, Tensor) and output.numel() == count:
+        return None
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != count:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"The predicted class needs an output (N, classes), but of {count} images it is {shape}: give target."
+        )
+    return output.argmax(1).tolist()
+
+
+def target_record(given: Target, used: Target, count: int) -> dict[str, Any]:
+    """Settings ``target``, "predicted" or "given", and ``targets``, that of each image; None where there is none."""
+    return {"target": "predicted" if given is None else "given", "targets": _of_each(used, count)}
+
+
+def _of_each(target: Target, count: int) -> list[Any] | None:
+    if target is None:
+        return None
+    if hasattr(target, "tolist"):
+        target = target.tolist()
+        target = target[0] if isinstance(target, list) and len(target) == 1 else target
+    return list(target) if isinstance(target, list) else [target] * count
