@@ -179,8 +179,9 @@ def best_classes(output: Any, count: int) -> list[int] | None:
 
 
 def target_record(given: Target, used: Target, count: int) -> dict[str, Any]:
-    """Settings ``target``, "predicted" or "given", and ``targets``, that of each image; None where there is none."""
-    return {"target": "predicted" if given is None else "given", "targets": _of_each(used, count)}
+    """Settings ``target``, "given", "predicted" or None where there is none, and ``targets``, that of each image."""
+    named = None if used is None else "predicted" if given is None else "given"
+    return {"target": named, "targets": _of_each(used, count)}
 
 
 def _of_each(target: Target, count: int) -> list[Any] | None:
