@@ -734,6 +734,18 @@ def test_a_model_in_training_mode_stays_as_it_was(run, fails):
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_model_that_draws_leaves_the_random_state(run):
+    class Drawing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.1 * torch.rand_like(x))
+
+    model, x, maps = Drawing().eval(), drawn(2, 3, 12, 12), drawn(2, 12, 12, seed=1)
+    state = torch.get_rng_state()
+    found = [run(model, x, maps, batch_size=1).values for _ in range(2)]
+    assert torch.equal(*found) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_images_that_are_no_numbers(run, bad):
     x = drawn(2, 3, 12, 12)

@@ -103,8 +103,9 @@ def confidence(
 
     Args:
         model: a model or any callable that takes images (N, C, H, W) and returns scores (N, classes). It runs as it is;
-            an example's score must depend on it alone. In training mode batch norm and dropout are warned about
-            (UserWarning); buffers and PyTorch's random state stay what they were in any case.
+            an example's score must depend on it alone. Batch norm and dropout in training mode are warned about
+            (UserWarning); a module's buffers stay what they were, and so does PyTorch's random state, unless it is
+            compiled.
         images: (N, C, H, W), float.
         maps: for each method's name its maps, (N, H, W) or (N, 1, H, W), of any sign.
         target: the class of each image, with the attribution methods' meanings; None is the class of the largest score
@@ -138,18 +139,18 @@ def confidence(
     found = torch.zeros((1 + len(masks), count), dtype=torch.float64)
     classes: list[int] | None = []
 
-    def scores(start: int, stop: int) -> tuple[Tensor, list[int] | None]:
+    def scores(run: Callable[..., Any], start: int, stop: int) -> tuple[Tensor, list[int] | None]:
         """(1 + methods, n) of the whole images and of each method's, and the classes predicted for the former."""
         numbers, x = range(start, stop), images[start:stop]
         given, which = args_of_each_image(args, torch.arange(start, stop), count), each
-        output = model(x.clone(), *given)  # a clone, because a model may change its input in place
+        output = run(x.clone(), *given)  # a clone, because a model may change its input in place
         best = best_classes(output, len(x)) if target is None else None
         if best is not None:
             which = lambda _: best  # noqa: E731
         found = [image_scores(output, score, [which], numbers)]
         for mask in masks.values():
             shown = x * normalised(mask[start:stop], normalise)[:, None].to(x.device)
-            found.append(image_scores(model(shown.to(x.dtype), *given), score, [which], numbers))
+            found.append(image_scores(run(shown.to(x.dtype), *given), score, [which], numbers))
         return torch.stack([each[:, 0].double().cpu() for each in found]), best
 
     device = images.device.type
@@ -158,11 +159,11 @@ def confidence(
         max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, images[:1].nbytes)),
     )
     start = 0
-    with evaluated(model), Progress(found.numel(), "images", show_progress, "confidence") as progress:
+    with evaluated(model) as run, Progress(found.numel(), "images", show_progress, "confidence") as progress:
         while start < count:
             stop = min(start + at_once, count)
             try:
-                found[:, start:stop], best = scores(start, stop)
+                found[:, start:stop], best = scores(run, start, stop)
             except torch.OutOfMemoryError:
                 if batch_size is not None or at_once == 1:
                     raise

@@ -103,8 +103,9 @@ def insertion_deletion(
 
     Args:
         model: a module or function from images ``(N, C, H, W)`` to scores ``(N, classes)``, evaluated as it is. An
-            example's scores must depend on it alone. In training mode batch norm and dropout are warned about
-            (UserWarning); buffers and PyTorch's random state stay what they were in any case.
+            example's scores must depend on it alone. Batch norm and dropout in training mode are warned about
+            (UserWarning); a module's buffers stay what they were, and so does PyTorch's random state, unless it is
+            compiled.
         images: ``(N, C, H, W)``, as the model takes them.
         maps: ``(N, H, W)`` or ``(N, 1, H, W)``, of any sign; the largest value is the most important. Pixels of equal
             value follow each other as they are scanned.
@@ -173,10 +174,10 @@ def insertion_deletion(
         fills = given_fills(images, settings[f"{kind}_fill"], seed)
         low = shown if kind == "insertion" else [0] * len(shown)
         passes.append(Pass(ranks, low, [pixels] * len(shown) if kind == "insertion" else shown, fills))
-    with evaluated(model):
-        targets = predicted(model, images, additional_forward_args) if target is None else target
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
         scores = curve_scores(
-            model, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
+            run, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
             " and ".join(kinds),
         )  # fmt: skip
     fractions = torch.tensor(shown, dtype=torch.float64) / pixels
@@ -306,10 +307,10 @@ def perturbation_curve(
         ranks = ranked(sums.flatten(1), descending=kind == "morf").view(sums.shape)
         pixels = spread_over_pixels(ranks, region, (height, width))
         passes += [Pass(pixels, [0] * (steps + 1), range(steps + 1), fills(i)) for i in range(repeats)]
-    with evaluated(model):
-        targets = predicted(model, images, additional_forward_args) if target is None else target
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
         scores = curve_scores(
-            model, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
+            run, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
             "perturbation",
         )  # fmt: skip
     scores = scores.view(len(kinds), repeats, count, steps + 1).mean(1)

@@ -117,9 +117,9 @@ def road(
         return image, [i // steps % count for i in range(start, stop)]
 
     scores = torch.zeros((len(kinds), count, steps), dtype=torch.float64)
-    with evaluated(model):
-        targets = predicted(model, images, additional_forward_args) if target is None else target
-        evaluate = scored(model, targets, additional_forward_args, count, score)
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
+        evaluate = scored(run, targets, additional_forward_args, count, score)
         if count:
             many = MaskedImages(images, mask, scores.numel(), evaluate)
             found = many.scores(batch_size, memory_limit, show_progress, "ROAD")

@@ -149,9 +149,9 @@ def sensitivity_n(
         return torch.tensor(numbers, device=images.device), numbers
 
     correlations = torch.zeros((0, len(chosen)), dtype=torch.float64)
-    with evaluated(model):
-        targets = predicted(model, images, additional_forward_args) if target is None else target
-        evaluate = scored(model, targets, additional_forward_args, count, score)
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
+        evaluate = scored(run, targets, additional_forward_args, count, score)
         if count:
             many = MaskedImages(images, mask, count * per_image, evaluate)
             found = many.scores(batch_size, memory_limit, show_progress, "sensitivity-n").cpu()
