@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 
 from convviz_cuda.attr._masked import PeakBytes
 from convviz_cuda.fills import fill_values
-from convviz_cuda.metrics import insertion_deletion, perturbation_curve
+from convviz_cuda.metrics import (
+    average_drop,
+    confidence,
+    insertion_deletion,
+    perturbation_curve,
+    road,
+    sensitivity_n,
+)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -130,7 +138,7 @@ def test_steps_are_of_about_equal_size():
 
 @pytest.mark.parametrize("score", ["softmax", "output"])
 @pytest.mark.parametrize(
-    "fill", [0.0, 0.25, [0.1, -1.0, 3.0], "mean", "grey", "blur", "noise", "tensor", "picture"]
+    "fill", [0.0, 0.25, [0.1, -1.0, 3.0], "mean", "grey", "blur", "rise2018", "noise", "tensor", "picture"]
 )
 def test_both_ends_are_the_image_and_the_fill(fill, score):
     model, x, maps = Net(), drawn(2, 3, 12, 14), drawn(2, 12, 14, seed=1)
@@ -222,13 +230,51 @@ def test_the_predicted_class_or_targets_of_each_image():
         insertion_deletion(model, x, maps, [0, 1, 4])
 
 
+def authors_kernel() -> np.ndarray:
+    """A point in 11 x 11 zeros after diffusion with mirrors around it, summed over the point's mirror images."""
+    reach = range(-4 * 11, 4 * 11 + 11)  # the Gaussian is cut off at 20
+    bell = {d: np.exp(-(d**2) / 50) for d in range(-20, 21)}
+    total = sum(bell.values())
+    # The mirror images of the middle, 5: 5 + 22 m and -1 - 5 + 22 m.
+    mirrored = {5 + 22 * m for m in range(-4, 5)} | {-6 + 22 * m for m in range(-4, 5)}
+    line = [sum(bell.get(i - j, 0.0) for j in reach if j in mirrored) / total for i in range(11)]
+    return np.outer(line, line)
+
+
+def test_the_blur_of_rises_authors():
+    impulse = torch.zeros(1, 2, 31, 31, dtype=torch.float64)
+    impulse[0, 1, 15, 15], impulse[0, 0, 0, 0] = 1, 1
+    blurred = fill_values(impulse, "rise2018")[0]
+    np.testing.assert_allclose(blurred[1, 10:21, 10:21].numpy(), authors_kernel(), rtol=1e-12)
+    assert abs(float(blurred[1].sum()) - 1) < 1e-12 and blurred[1].count_nonzero() == 121
+    assert abs(float(blurred[1, 15, 15] / blurred[1, 10, 10]) - 1.14) < 0.01
+    # Zeros beyond the border: what falls there is lost.
+    np.testing.assert_allclose(blurred[0, :6, :6].numpy(), authors_kernel()[5:, 5:], rtol=1e-12)
+    assert blurred[0].count_nonzero() == 36
+
+
+def test_the_blur_of_rises_authors_is_scipys():
+    filters = pytest.importorskip("scipy.ndimage", reason="SciPy is not installed")
+    point = np.zeros((11, 11))
+    point[5, 5] = 1
+    kernel = filters.gaussian_filter(point, 5)
+    np.testing.assert_allclose(authors_kernel(), kernel, rtol=1e-12)
+    x = drawn(2, 3, 20, 24)
+    expected = [[filters.convolve(plane, kernel, mode="constant") for plane in image] for image in x.numpy()]
+    np.testing.assert_allclose(fill_values(x, "rise2018").numpy(), np.array(expected), rtol=0, atol=1e-12)
+
+
 def test_the_preset_is_the_papers_settings():
     model, x, maps = Net(), drawn(1, 3, 30, 31), drawn(1, 30, 31, seed=1)
     found = insertion_deletion(model, x, maps, 1, preset="rise2018")
+    # The authors' kernel, from what they say it is: see below.
+    blurred = torch.nn.functional.conv2d(
+        x.transpose(0, 1), torch.from_numpy(authors_kernel())[None, None], padding=5
+    ).transpose(0, 1)
     same = insertion_deletion(
-        model, x, maps, 1, pixels_per_step=224, deletion_fill=0, insertion_fill="blur", score="softmax"
+        model, x, maps, 1, pixels_per_step=224, deletion_fill=0, insertion_fill=blurred, score="softmax"
     )
-    assert torch.equal(found.insertion.curves, same.insertion.curves)
+    torch.testing.assert_close(found.insertion.curves, same.insertion.curves, rtol=0, atol=1e-12)
     assert torch.equal(found.deletion.curves, same.deletion.curves)
     assert found.deletion.settings["preset"] == "rise2018" and found.deletion.settings["steps"] == 5
     assert "kernel 11" in found.insertion.settings["fill"] and found.deletion.settings["fill"] == 0.0
@@ -239,6 +285,7 @@ def test_the_preset_is_the_papers_settings():
         {"pixels_per_step": 10},
         {"deletion_fill": 0.5},
         {"insertion_fill": torch.zeros(3, 30, 31)},
+        {"insertion_fill": "blur"},
         {"score": "output"},
         {"steps": 3},
     ):
@@ -413,6 +460,27 @@ def test_memory_is_bounded():
         with PeakBytes(True) as peak:
             run()
         assert peak.bytes < 8 * x.nbytes  # all masks would be 130 and 93
+
+
+@pytest.mark.parametrize("run", ["sensitivity_n", "confidence"])
+def test_memory_does_not_grow_with_what_is_computed(run):
+    x, maps = drawn(32, 3, 64, 64, dtype=torch.float32), drawn(32, 64, 64, dtype=torch.float32)
+    options = {
+        "sensitivity_n": {"samples": 10, "sizes": 6},
+        "confidence": {"maps": {str(i): maps for i in range(6)}},
+    }[run]
+    call = {"sensitivity_n": sensitivity_n, "confidence": confidence}[run]
+    usual = {
+        "model": Linear(torch.ones(3, 64, 64)),
+        "images": x,
+        "maps": maps,
+        "target": 0,
+        "score": "output",
+    }
+    with PeakBytes(True) as peak:
+        call(**usual | options)
+    # All at once they would be 61 and 7 times the images.
+    assert peak.bytes < {"sensitivity_n": 4, "confidence": 3}[run] * x.nbytes
 
 
 def test_a_function_that_mixes_its_batch_is_evaluated_image_by_image():
@@ -606,6 +674,145 @@ def test_bad_arguments(call, wrong, error, words):
     with pytest.raises(error, match=re.escape(words)) as caught:
         call(**usual | wrong)
     assert str(caught.value).endswith(".")
+
+
+class Noisy(nn.Module):
+    """Batch norm and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(1)
+            )
+            self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x).flatten(1))
+
+
+RUNS = {
+    "insertion": lambda model, x, maps, **k: insertion_deletion(model, x, maps, steps=5, **k).insertion,
+    "perturbation": lambda model, x, maps, **k: (
+        perturbation_curve(model, x, maps, region=4, steps=3, repetitions=2, **k).abpc
+    ),
+    "road": lambda model, x, maps, **k: road(model, x, maps, fractions=[0.2, 0.6], **k).combined,
+    "sensitivity_n": lambda model, x, maps, **k: sensitivity_n(model, x, maps, samples=4, sizes=3, **k),
+    "confidence": lambda model, x, maps, **k: average_drop(model, x, maps, **k),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_model_in_training_mode_stays_as_it_was(run, fails):
+    model, x, maps = Noisy().train(), drawn(2, 3, 12, 12, dtype=torch.float32), drawn(2, 12, 12, seed=1)
+    buffers, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if fails and calls == 4:
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_hook(count)
+    found = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="BatchNorm2d.*Dropout") as warned:
+            if fails:
+                with pytest.raises(KeyboardInterrupt):
+                    run(model, x, maps, batch_size=1)
+                calls = 0
+            else:
+                found.append(run(model, x, maps, batch_size=3).values)
+        assert len(warned) == 1
+    hook.remove()
+    assert fails or (torch.equal(*found) and found[0].isfinite().any())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(torch.get_rng_state(), state) and all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_model_that_draws_leaves_the_random_state(run):
+    class Drawing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.1 * torch.rand_like(x))
+
+    model, x, maps = Drawing().eval(), drawn(2, 3, 12, 12), drawn(2, 12, 12, seed=1)
+    state = torch.get_rng_state()
+    found = [run(model, x, maps, batch_size=1).values for _ in range(2)]
+    assert torch.equal(*found) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_that_are_no_numbers(run, bad):
+    x = drawn(2, 3, 12, 12)
+    x[1, 2, 3, 4] = bad
+
+    def model(_: Tensor) -> Tensor:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(ValueError, match="images must be finite"):
+        run(model, x, drawn(2, 12, 12))
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_every_number_says_of_which_class_it_is(run):
+    model, x, maps = Net(), drawn(3, 3, 12, 12), drawn(3, 12, 12, seed=1)
+    best = model(x).argmax(1).tolist()
+    usual = run(model, x, maps)
+    assert usual.settings["target"] == "predicted" and usual.settings["targets"] == best
+    given = run(model, x, maps, target=torch.tensor([2, 0, 1]))
+    assert given.settings["target"] == "given" and given.settings["targets"] == [2, 0, 1]
+    one = run(model, x, maps, target=3)
+    assert one.settings["targets"] == [3, 3, 3] == one.as_dict()["settings"]["targets"]
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same(run):
+    model, x, maps = Net(), drawn(2, 3, 12, 12), drawn(2, 12, 12, seed=1)
+    host = run(model, x, maps)
+    found = run(Net().cuda(), x.cuda(), maps.cuda())
+    assert found.values.device.type == "cpu" and found.settings == host.settings
+    torch.testing.assert_close(found.values, host.values, rtol=0, atol=1e-6)
+    from_host = run(Net().cuda(), x.cuda(), maps)
+    torch.testing.assert_close(from_host.values, found.values, rtol=0, atol=1e-6)
+
+
+def test_defined_values_are_counted():
+    x, maps = drawn(3, 3, 8, 8), drawn(3, 8, 8, seed=1)
+    maps[1] = 0
+    found = sensitivity_n(Linear(drawn(3, 8, 8, seed=2)), x, maps, 0, sizes=3, samples=5)
+    assert found.defined == 2 and found.mean == float(found.values[[0, 2]].mean())
+
+
+@pytest.mark.parametrize("steps", [7, 24])
+def test_equals_torch_cam(steps):
+    """Its areas are over as many pixels a step, rounded up; the fills are ours to say."""
+    reason = "torch-cam is not installed: its metric is not compared with"
+    peer = pytest.importorskip("torchcam.metrics", reason=reason)
+    net, x, maps = Net(), drawn(3, 3, 12, 14), drawn(3, 12, 14, seed=1).round(decimals=1)  # with ties
+
+    class Extractor:
+        model = net
+
+        def __call__(self, *_: object, **__: object) -> list[Tensor]:
+            return [maps]
+
+        fuse_cams = staticmethod(lambda cams: cams[0])
+        _hooks_off = staticmethod(contextlib.nullcontext)
+
+    metric = peer.DeletionInsertionMetric(
+        Extractor(), lambda scores: scores.softmax(1), steps=steps, baseline=None
+    )
+    metric.update(x)
+    expected = metric.summary()
+    found = insertion_deletion(net, x, maps, pixels_per_step=-(-168 // steps), insertion_fill=0.0)
+    assert found.deletion.mean == pytest.approx(expected["deletion_auc"], rel=1e-6)
+    assert found.insertion.mean == pytest.approx(expected["insertion_auc"], rel=1e-6)
 
 
 def test_functions_without_a_score_for_each_image():

@@ -111,10 +111,35 @@ def test_functions_draw_without_the_global_generator():
     assert torch.equal(*found) and torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_module_in_evaluation_mode_runs_without_a_mode():
-    model = built().eval()
-    with evaluated(model):
-        assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+def test_a_module_in_evaluation_mode_is_looked_after_while_it_runs():
+    class Drawing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    state, found = torch.random.get_rng_state(), []
+    for _ in range(2):
+        with evaluated(Drawing().eval()) as run:
+            assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+            found.append(run(X))
+            assert not torch.equal(run(X), found[-1])
+    assert torch.equal(*found) and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_what_is_compiled_stays_compiled():
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(module)
+        return module.forward
+
+    model = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), backend=backend)
+    with evaluated(model) as run, torch.no_grad():
+        run(X)
+    assert len(graphs) == 1
+    whole = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh()).eval()
+    whole[0].compile(backend=backend)
+    with evaluated(whole) as run:
+        assert run is whole
 
 
 @pytest.mark.filterwarnings("ignore:The model is in training mode")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from attribution_cases import Plain, Reused, built, images, state
 from torch import Tensor, nn
 
 from convviz_cuda import metrics
+from convviz_cuda.metrics import average_drop
+
+confidence_module = sys.modules[average_drop.__module__]
 
 
 class Mean(nn.Module):
@@ -80,6 +84,23 @@ def test_normalisation() -> None:
     assert shown(None) == pytest.approx([0.5, 1.0, 0.0])
 
 
+@pytest.mark.parametrize("options", [{}, {"preset": "gradcampp2018"}])
+def test_what_is_irrelevant_in_a_signed_map_is_hidden(options) -> None:
+    x = torch.full((1, 3, 4, 4), 0.8, dtype=torch.float64)
+    maps = torch.zeros(1, 4, 4, dtype=torch.float64)
+    maps[0, 0, 0], maps[0, 3, 3] = 5.0, -5.0  # the other pixels have no relevance at all
+    shown = []
+
+    def model(v: Tensor) -> Tensor:
+        shown.append(v.clone())
+        return Mean()(v.clamp(min=1e-9))
+
+    metrics.average_drop(model, x, maps, 0, **options)
+    expected = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    expected[0, :, 0, 0] = 0.8
+    assert torch.equal(shown[-1], expected)
+
+
 def test_outputs_instead_of_probabilities() -> None:
     model, x = built(Plain), images()
     maps = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -87,7 +108,7 @@ def test_outputs_instead_of_probabilities() -> None:
     with torch.no_grad():
         full = model(x)[:, 2]
         masked = model(x * ((maps - low) / (high - low))[:, None])[:, 2]
-    found = metrics.average_drop(model, x, maps, 2, score="output")
+    found = metrics.average_drop(model, x, maps, 2, score="output", normalise="minmax")
     expected = [
         100 * max(0.0, y - o) / y if y > 0 else math.nan
         for y, o in zip(full.tolist(), masked.tolist(), strict=True)
@@ -127,6 +148,30 @@ def test_several_methods_in_one_pass_and_any_batch_size() -> None:
     torch.testing.assert_close(alone.values, whole.average_drop("b").values)
 
 
+@pytest.mark.parametrize("limit", [1, 4, 100])
+def test_images_at_once_are_as_many_as_fit(limit, monkeypatch) -> None:
+    """A function that bears few images at once, as on a GPU whose memory is full."""
+    model, x = built(Plain), images(11)
+    maps = torch.rand(11, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = metrics.average_drop(model, x, maps, batch_size=1).values
+    calls: list[int] = []
+
+    def tight(v: Tensor) -> Tensor:
+        calls.append(len(v))
+        if len(v) > limit:
+            raise torch.OutOfMemoryError("no memory")
+        return model(v)
+
+    torch.testing.assert_close(metrics.average_drop(tight, x, maps).values, expected)
+    assert sum(n for n in calls if n <= limit) >= 22 and max(calls) == 8 and min(limit, 8) in calls
+    with pytest.raises(torch.OutOfMemoryError) if limit < 11 else contextlib.nullcontext():
+        metrics.average_drop(tight, x, maps, batch_size=11)
+    calls.clear()
+    monkeypatch.setitem(confidence_module.INPUT_BYTES, "cpu", 3 * x[:1].nbytes)
+    metrics.average_drop(tight, x, maps)
+    assert max(calls) == 3  # never more than this many bytes of images
+
+
 def test_maps_of_another_size() -> None:
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     small = torch.tensor([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
@@ -141,21 +186,31 @@ def test_maps_of_another_size() -> None:
 def test_what_is_recorded() -> None:
     x, maps = halves()
     found = metrics.average_drop(Mean(), x, maps, preset="gradcampp2018")
-    expected = {"score": "softmax", "normalise": "minmax", "fill": 0.0, "target": "predicted"}
+    expected = {"score": "softmax", "normalise": "max", "fill": 0.0, "target": "predicted"}
     assert expected.items() <= found.settings.items() and found.settings["preset"] == "gradcampp2018"
     assert found.name == "average_drop"
     written = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert written["values"] == pytest.approx([50.0, 0.0])
-    assert metrics.average_drop(Mean(), x, maps, torch.tensor([0, 1])).as_dict()["settings"]["target"] == [
-        0,
-        1,
-    ]
+    assert (
+        found.settings["targets"] == [0, 1] and found.settings["method"] == "maps"
+    )  # 0.8 and 0.4, see halves
+    given = metrics.average_drop(Mean(), x, maps, torch.tensor([1, 0])).as_dict()["settings"]
+    assert given["target"] == "given" and given["targets"] == [1, 0]
+    both = metrics.confidence(Mean(), x, {"this": maps, "that": maps}, 1)
+    assert both.targets == [1, 1]
+    won = both.win_rate("that", "this").settings
+    assert (won["method"], won["against"], won["targets"]) == ("that", "this", [1, 1])
+    assert both.increase("that").settings["method"] == both.average_drop("that").settings["method"] == "that"
 
 
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (ValueError, "preset 'gradcampp2018' has normalise", {"preset": "gradcampp2018", "normalise": "max"}),
+        (
+            ValueError,
+            "preset 'gradcampp2018' has normalise",
+            {"preset": "gradcampp2018", "normalise": "minmax"},
+        ),
         (ValueError, "preset 'gradcampp2018' has score", {"preset": "gradcampp2018", "score": "output"}),
         (ValueError, "preset must be", {"preset": "rise2018"}),
         (ValueError, "score must be", {"score": "logits"}),
@@ -247,5 +302,7 @@ def test_equals_torch_cam() -> None:
     metric = peer.ClassificationMetric(Extractor(), lambda scores: scores.softmax(1))
     metric.update(x)
     expected = metric.summary()
-    assert metrics.average_drop(net, x, maps).mean == pytest.approx(100 * expected["avg_drop"], rel=1e-5)
-    assert metrics.increase_in_confidence(net, x, maps).mean == pytest.approx(100 * expected["conf_increase"])
+    drop = metrics.average_drop(net, x, maps, normalise="minmax")
+    assert drop.mean == pytest.approx(100 * expected["avg_drop"], rel=1e-5)
+    rise = metrics.increase_in_confidence(net, x, maps, normalise="minmax")
+    assert rise.mean == pytest.approx(100 * expected["conf_increase"])

@@ -97,6 +97,27 @@ def test_chunks_layouts_and_seeds():
     assert not torch.equal(other.correlations, alone.correlations)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_that_vary_by_rounding_only_have_no_correlation(dtype):
+    """A constant whose last bit hangs on the image, and the same with what is more than rounding."""
+    x, maps = drawn(2, 3, 8, 9).to(dtype), drawn(2, 8, 9, seed=1)
+    last = torch.tensor(0.3, dtype=dtype)
+    next_ = torch.nextafter(last, torch.tensor(1.0, dtype=dtype))
+
+    def model(v: Tensor) -> Tensor:
+        odd = [int(row.double().sum() * 1e4) % 2 for row in v]
+        return torch.stack([next_ if o else last for o in odd]).reshape(-1, 1)
+
+    found = sensitivity_n(model, x, maps, 0, samples=20, sizes=5)
+    assert found.correlations.isnan().all() and found.values.isnan().all() and found.defined == 0
+
+    def more(v: Tensor) -> Tensor:
+        odd = [int(row.double().sum() * 1e4) % 2 for row in v]
+        return torch.stack([last + 9 * (next_ - last) * o for o in odd]).reshape(-1, 1)
+
+    assert sensitivity_n(more, x, maps, 0, samples=20, sizes=[3, 30]).correlations.isfinite().all()
+
+
 def test_the_record(tmp_path, capsys):
     x, maps = drawn(2, 3, 8, 8), torch.zeros(2, 8, 8)
     maps[0] = drawn(8, 8)

@@ -13,19 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attr._inputs import Target, extra_args
+from ..attr._inputs import Target
 from ..attr._masked import memory_format
-from ..attr._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image
+from ..attr._masked_images import MaskedImages
 from ..checks import DTYPES, check_int
 from ..fills import BLUR_KERNEL, BLUR_SIGMA, Fill, fill_values
 from ..mask_ops import philox, replace_ranked_
 from ..results import new_figure
-from ._result import Metric
+from ._evaluated import scored
+from ._result import Metric, check_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SORTED_AT_ONCE = 1 << 22  # numbers: their order is an int64 each
+TIES = "stable: equal values in scan order"
 MOST_REPETITIONS = 1000  # so that seeds of repetitions are those of no other seed
 
 
@@ -35,12 +37,15 @@ class Curve(Metric):
 
     values: (N,), named by ``name``; ``settings`` says how.  fractions: (S + 1,), from 0 to 1, float64: how much is
     inserted, deleted or perturbed.  curves: (N, S + 1) float64, the scores there.
-    targets: the class whose score it is, of each image; None where an image has one score only.
     """
 
     fractions: Tensor
     curves: Tensor
-    targets: list[Any] | None
+
+    @property
+    def targets(self) -> list[Any] | None:
+        """The class whose score it is, of each image; None where an image has one score only."""
+        return self.settings["targets"]
 
     def figure(self) -> Figure:
         """Each image's curve, thin, and their mean."""
@@ -158,7 +163,11 @@ def described(fill: Any) -> Any:
             "sha256": hashlib.sha256(bits).hexdigest(),
         }
     if isinstance(fill, str):
-        return {"blur": f"blur, kernel {BLUR_KERNEL}, sigma {BLUR_SIGMA}, borders reflected"}.get(fill, fill)
+        kernel = f"kernel {BLUR_KERNEL}, sigma {BLUR_SIGMA}"
+        return {
+            "blur": f"blur, {kernel}, borders reflected",
+            "rise2018": f"blur, {kernel} reflected within the kernel, borders 0",
+        }.get(fill, fill)
     return np.asarray(fill, dtype=float).tolist()
 
 
@@ -201,8 +210,6 @@ def curve_scores(
         [torch.tensor([each[s] for s in order], device=images.device) for each in (p.low, p.high)]
         for p in passes
     ]
-    each = [of_each_image(target, count)]
-    args = extra_args(args)
 
     def mask(out: Tensor, images: Tensor, start: int, stop: int) -> tuple[Tensor, Sequence[int]]:
         number = torch.arange(start, stop, device=images.device)
@@ -224,44 +231,13 @@ def curve_scores(
             begin = end
         return image, [i // steps % count for i in range(start, stop)]
 
-    def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
-        output = forward_func(given, *args_of_each_image(args, image, count))
-        return image_scores(output, score, each, numbers)
-
-    many = MaskedImages(images, mask, len(passes) * count * steps, evaluate)
+    many = MaskedImages(
+        images, mask, len(passes) * count * steps, scored(forward_func, target, args, count, score)
+    )
     found = many.scores(batch_size, memory_limit, show_progress, title).double().cpu()
     curves = torch.empty((len(passes), count, steps), dtype=torch.float64)
     curves[:, :, order] = found.view(len(passes), count, steps)
     return curves
-
-
-@torch.no_grad()
-def predicted(forward_func: Callable[..., Any], images: Tensor, args: Any) -> list[int] | None:
-    """The class with the highest score of each image, evaluated alone; None for functions with one score an image."""
-    found = []
-    for i in range(len(images)):
-        image = torch.tensor([i], device=images.device)
-        given = images[i : i + 1].detach().clone(memory_format=memory_format(images))
-        output = forward_func(given, *args_of_each_image(extra_args(args), image, len(images)))
-        if isinstance(output, Tensor) and output.numel() == 1:
-            return None
-        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 1:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"The predicted class needs an output (N, classes), but for one image it is {shape}: give target."
-            )
-        found.append(int(output[0].argmax()))
-    return found
-
-
-def target_of_each(target: Target, count: int) -> list[Any] | None:
-    """The targets for the record, one for each image."""
-    if target is None:
-        return None
-    if hasattr(target, "tolist"):
-        target = target.tolist()
-        target = target[0] if isinstance(target, list) and len(target) == 1 else target
-    return list(target) if isinstance(target, list) else [target] * count
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -277,6 +253,7 @@ def check_model_and_images(forward_func: Any, images: Any) -> Tensor:
         raise ValueError(
             f"images must have the shape (N, C, H, W), but it has the shape {tuple(images.shape)}."
         )
+    check_finite("images", images)
     return images.detach()
 
 

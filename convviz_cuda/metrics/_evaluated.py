@@ -1,17 +1,20 @@
-"""The caller's model while a metric runs it: as it is, and the same afterwards."""
+"""The caller's model in a metric: run as it is, the same afterwards; its scores and the classes that it predicts."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._draws import drawn_from
+from ..attr._inputs import Target, extra_args
+from ..attr._masked import memory_format
+from ..attr._masked_images import Evaluate, args_of_each_image, image_scores, of_each_image
 
 # What is behind a function: a partial's function, a method's object, the function of an attribution method.
 BEHIND = ("func", "__self__", "forward_func", "model", "attribution_method")
@@ -21,8 +24,12 @@ _RUNNING: dict[int, _Kept] = {}
 
 
 @contextlib.contextmanager
-def evaluated(*functions: Any) -> Iterator[None]:
+def evaluated(*functions: Any) -> Iterator[Callable[..., Any]]:
     """Functions run inside the block change neither the buffers of their modules nor PyTorch's random state.
+
+    Gives the first function, to be called in its place: of a module in evaluation mode random numbers are looked after
+    while it runs and not in the whole block, which is faster; of a compiled one not at all, because PyTorch would run
+    it uncompiled then.
 
     Modules stay in the modes in which they are. Where that makes scores random or lets the images of a batch change
     each other's, it is warned about once (UserWarning): the number of images in a forward then matters. Random numbers
@@ -34,9 +41,10 @@ def evaluated(*functions: Any) -> Iterator[None]:
     kept = []
     if any(not isinstance(f, nn.Module) for f in functions) or any(map(_trains, _modules(functions))):
         draws: Any = drawn_from()
+        run = functions[0]
     else:
-        # Of a module in evaluation mode nothing is drawn, and a compiled one would run uncompiled under the mode.
         draws = contextlib.nullcontext()
+        run = functions[0] if _compiled(functions[0]) else _drawing(functions[0])
     try:
         for module in filter(_trains, _modules(functions)):
             with _LOCK:
@@ -46,7 +54,7 @@ def evaluated(*functions: Any) -> Iterator[None]:
             if first:
                 kept[-1].warn()
         with draws:
-            yield
+            yield run
     finally:
         for each in kept:
             with _LOCK:
@@ -54,6 +62,24 @@ def evaluated(*functions: Any) -> Iterator[None]:
                 if not each.users:
                     del _RUNNING[id(each.module)]
                     each.restore()
+
+
+def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that draws its random numbers from a generator of its own."""
+    mode = drawn_from()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _compiled(module: nn.Module) -> bool:
+    return any(
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+        for part in module.modules()
+    )
 
 
 class _Kept:
@@ -120,3 +146,71 @@ def _draws(part: nn.Module) -> bool:
     name = type(part).__name__  # torchvision's and timm's layers too
     dropped = getattr(part, "p", getattr(part, "drop_prob", 1.0))
     return name == "RReLU" or (("Drop" in name or name == "StochasticDepth") and dropped != 0)
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def scored(function: Callable[..., Any], target: Target, args: Any, count: int, score: str) -> Evaluate:
+    """What gives the scores of masked images, ``(n, 1)``, from the images and the numbers of those they are made of.
+
+    target, args: of the ``count`` images; each masked image gets its image's.  score: "softmax" or "output".
+
+    Raises AssertionError for targets of another number of images.
+    """
+    each, args = [of_each_image(target, count)], extra_args(args)
+
+    def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
+        return image_scores(function(given, *args_of_each_image(args, image, count)), score, each, numbers)
+
+    return evaluate
+
+
+@torch.no_grad()
+def predicted(
+    function: Callable[..., Any], images: Tensor, args: Any, batch_size: int = 1
+) -> list[int] | None:
+    """The class with the highest score of each image; None for functions that give one score an image.
+
+    batch_size: images in one forward. Alone, no image is rounded otherwise because of those beside it.
+
+    Raises ValueError for an output that is not ``(N, classes)``.
+    """
+    found: list[int] = []
+    for start in range(0, len(images), batch_size):
+        image = torch.arange(start, min(start + batch_size, len(images)), device=images.device)
+        given = images[start : start + batch_size].detach().clone(memory_format=memory_format(images))
+        classes = best_classes(
+            function(given, *args_of_each_image(extra_args(args), image, len(images))), len(image)
+        )
+        if classes is None:
+            return None
+        found += classes
+    return found
+
+
+def best_classes(output: Any, count: int) -> list[int] | None:
+    """The class of the highest score of each of ``count`` images, see :func:`predicted`."""
+    if isinstance(output, Tensor) and output.numel() == count:
+        return None
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != count:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"The predicted class needs an output (N, classes), but of {count} images it is {shape}: give target."
+        )
+    return output.argmax(1).tolist()
+
+
+def target_record(given: Target, used: Target, count: int) -> dict[str, Any]:
+    """Settings ``target``, "given", "predicted" or None where there is none, and ``targets``, that of each image."""
+    named = None if used is None else "predicted" if given is None else "given"
+    return {"target": named, "targets": _of_each(used, count)}
+
+
+def _of_each(target: Target, count: int) -> list[Any] | None:
+    if target is None:
+        return None
+    if hasattr(target, "tolist"):
+        target = target.tolist()
+        target = target[0] if isinstance(target, list) and len(target) == 1 else target
+    return list(target) if isinstance(target, list) else [target] * count

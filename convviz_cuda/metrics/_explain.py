@@ -14,7 +14,9 @@ from ..attr._gradient import EXAMPLES
 from ..attr._inputs import Target, extra_args
 from ..attr._masked import INPUT_BYTES
 from ..attr._masked_images import args_of_each_image, of_each_image
-from ._curves import described, target_of_each
+from ._curves import described
+from ._evaluated import predicted as best
+from ._evaluated import target_record
 
 
 class Explainer:
@@ -105,20 +107,12 @@ def recorded(value: Any) -> Any:
 
 def recorded_target(target: Target, count: int) -> dict[str, Any]:
     """Whether targets were given, and those of each image."""
-    return {"target": None if target is None else "given", "targets": target_of_each(target, count)}
+    return target_record(target, target, count)
 
 
 def predicted(model: Callable[..., Any], images: Tensor, args: Any, batch_size: int) -> list[int]:
     """The class of the largest score of each image."""
-    classes: list[int] = []
-    with torch.no_grad():
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            image = torch.arange(start, start + len(part))
-            output = model(part.clone(), *args_of_each_image(extra_args(args), image, len(images)))
-            if not isinstance(output, Tensor) or output.dim() != 2:
-                raise ValueError(
-                    "target=None needs a model that gives class scores (N, classes): name the target."
-                )
-            classes += output.argmax(1).tolist()
+    classes = best(model, images, args, batch_size)
+    if classes is None:
+        raise ValueError("target=None needs a model that gives class scores (N, classes): name the target.")
     return classes

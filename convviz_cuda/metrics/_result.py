@@ -28,9 +28,20 @@ class Metric(Result):
     settings: dict[str, Any]
 
     @property
+    def defined(self) -> int:
+        """For how many images the metric is defined: those whose value is not NaN."""
+        return int((~self.values.isnan()).sum())
+
+    @property
     def mean(self) -> float:
-        """The mean over the images for which the metric is defined; NaN if there are none."""
+        """The mean over the images for which the metric is defined, :attr:`defined` of them; NaN if there are none."""
         return float(self.values.nanmean()) if self.values.numel() else float("nan")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """ValueError for NaN and infinite values, of which a metric would make more of them, or leave them out."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} must be finite, but some values are NaN or infinite.")
 
 
 def check_maps(maps: Any, size: Sequence[int], count: int | None = None, resize: str | None = None) -> Tensor:
@@ -61,8 +72,7 @@ def check_maps(maps: Any, size: Sequence[int], count: int | None = None, resize:
     if count is not None and len(maps) != count:
         raise ValueError(f"maps must hold a map for each of {count} images, but it holds {len(maps)}.")
     maps = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
-    if not bool(torch.isfinite(maps).all()):
-        raise ValueError("maps must be finite, but some values are NaN or infinite.")
+    check_finite("maps", maps)
     if tuple(maps.shape[1:]) != tuple(size):
         if resize is None:
             raise ValueError(

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attr._gradient import check_at_once
 from ..attr._inputs import Target, extra_args
-from ..attr._masked import EXAMPLES
+from ..attr._masked import EXAMPLES, INPUT_BYTES
 from ..attr._masked_images import args_of_each_image, image_scores, of_each_image
 from ..attr.rise import Score
-from ..checks import check_images
 from ..progress import Progress
 from ..results import Result
+from ._curves import check_evaluation, check_model_and_images
+from ._evaluated import best_classes, evaluated, target_record
 from ._presets import check_preset
 from ._result import Metric, check_maps
 
 NORMALISE = (None, "minmax", "max")
-PRESETS = {"gradcampp2018": {"score": "softmax", "normalise": "minmax"}}
+PRESETS = {"gradcampp2018": {"score": "softmax", "normalise": "max"}}
 
 
 def normalised(maps: Tensor, how: str | None) -> Tensor:
@@ -48,7 +48,7 @@ class Confidence(Result):
     """The scores of N images, and of the same images times the maps of some methods.
 
     full: (N,) float64 on the CPU, of the whole images.  masked: for each method (N,), of its map times the image.
-    settings: what the scores depend on.
+    settings: what the scores depend on, with the class of each image.
     """
 
     name: str
@@ -56,21 +56,28 @@ class Confidence(Result):
     masked: dict[str, Tensor]
     settings: dict[str, Any]
 
+    @property
+    def targets(self) -> list[Any] | None:
+        """The class whose score it is, of each image; None where an image has one score only."""
+        return self.settings["targets"]
+
     def average_drop(self, method: str) -> Metric:
         """``100 * max(0, Y - O) / Y`` of each image; see :func:`average_drop`."""
         fall = (self.full - self.masked[method]).clamp(min=0)
         values = torch.where(self.full > 0, 100 * fall / self.full, torch.nan)
-        return Metric("average_drop", values, {**self.settings})
+        return Metric("average_drop", values, {"method": method, **self.settings})
 
     def increase(self, method: str) -> Metric:
         """``100 * [Y < O]`` of each image; see :func:`increase_in_confidence`."""
         values = self._share(self.full < self.masked[method], method)
-        return Metric("increase_in_confidence", values, {**self.settings})
+        return Metric("increase_in_confidence", values, {"method": method, **self.settings})
 
     def win_rate(self, method: str, other: str) -> Metric:
         """100 where the score falls less under ``method`` than under ``other``, else 0; see :func:`win_rate`."""
         values = self._share(self.masked[method] > self.masked[other], method, other)
-        return Metric("win_rate", values, {**self.settings, "ties": "no win"})
+        return Metric(
+            "win_rate", values, {"method": method, "against": other, **self.settings, "ties": "no win"}
+        )
 
     def _share(self, holds: Tensor, *methods: str) -> Tensor:
         defined = torch.stack([self.full, *(self.masked[name] for name in methods)]).isfinite().all(0)
@@ -86,7 +93,7 @@ def confidence(
     additional_forward_args: Any = None,
     *,
     score: Score = "softmax",
-    normalise: str | None = "minmax",
+    normalise: str | None = "max",
     resize: str | None = None,
     preset: str | None = None,
     batch_size: int | None = None,
@@ -96,7 +103,9 @@ def confidence(
 
     Args:
         model: a model or any callable that takes images (N, C, H, W) and returns scores (N, classes). It runs as it is;
-            an example's score must depend on it alone.
+            an example's score must depend on it alone. Batch norm and dropout in training mode are warned about
+            (UserWarning); a module's buffers stay what they were, and so does PyTorch's random state, unless it is
+            compiled.
         images: (N, C, H, W), float.
         maps: for each method's name its maps, (N, H, W) or (N, 1, H, W), of any sign.
         target: the class of each image, with the attribution methods' meanings; None is the class of the largest score
@@ -104,11 +113,13 @@ def confidence(
         additional_forward_args: passed on behind the images; tensors with a row for each image go with them.
         score: "softmax", the class's probability, or "output", the model's output as it is: for a model that ends in
             probabilities. Of logits the metrics are not those of the paper.
-        normalise: how each map is brought to [0, 1]: "minmax", "max" (negative values are 0 then) or None for maps that
-            are to be multiplied as they are. A constant map becomes 0 under "minmax", so it shows nothing.
+        normalise: how each map is brought to [0, 1]: "max" (default): negative values become 0, then divided by the
+            maximum, as the paper's authors do; "minmax": less the minimum, then divided by the maximum, so that a map
+            with negative values shows much where it says nothing, and a constant map shows nothing; None: as it is.
         resize: how maps of another size are brought to the images': "bilinear" or "nearest"; None: they are refused.
-        preset: "gradcampp2018": softmax, minmax.
-        batch_size: images in one forward; None: a number for the device. The result does not depend on it.
+        preset: "gradcampp2018": softmax, max.
+        batch_size: images in one forward; None: as many as suit the device, its memory too. The result depends on it
+            only as far as the model's rounding does.
         show_progress: count the images on stderr, with the time left.
 
     What is hidden becomes 0, in the space of the model's input: for a normalised input that is the mean colour, not
@@ -117,43 +128,52 @@ def confidence(
     Raises TypeError or ValueError for images, maps and settings that do not fit, or a preset that other settings
     contradict; AssertionError and IndexError for targets that do not fit the output.
     """
-    check_images("images", images)
+    images = check_model_and_images(model, images)
     settings = _settings(preset, score=score, normalise=normalise, resize=resize)
-    check_at_once("batch_size", batch_size)
+    check_evaluation(score, batch_size, None)
     if not isinstance(maps, Mapping) or not maps:
         raise TypeError(f"maps must be a dict from methods' names to maps, but it is {type(maps).__name__}.")
     count, size = len(images), tuple(images.shape[2:])
-    masks = {name: normalised(check_maps(one, size, count, resize), normalise) for name, one in maps.items()}
-    images, args = images.detach(), extra_args(additional_forward_args)
-    each_target = of_each_image(target, count)
-    batch_size = batch_size or EXAMPLES.get(images.device.type, EXAMPLES["cuda"])
-    full: list[Tensor] = []
-    masked: dict[str, list[Tensor]] = {name: [] for name in masks}
-    with Progress(count * (1 + len(masks)), "images", show_progress, "confidence") as progress:
-        for start in range(0, count, batch_size):
-            x, numbers = images[start : start + batch_size], range(start, min(start + batch_size, count))
-            given = args_of_each_image(args, torch.arange(numbers.start, numbers.stop), count)
-            # Clones, because a model may change its input in place.
-            output = model(x.clone(), *given)
-            each = each_target
-            if target is None and isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1:
-                classes = output.argmax(1).tolist()
-                each = lambda _, found=classes: found  # noqa: E731
-            full.append(image_scores(output, score, [each], numbers)[:, 0].double().cpu())
-            progress.advance(len(x))
-            for name, mask in masks.items():
-                shown = x * mask[numbers.start : numbers.stop, None].to(x.device)
-                output = model(shown.to(x.dtype), *given)
-                masked[name].append(image_scores(output, score, [each], numbers)[:, 0].double().cpu())
-                progress.advance(len(x))
-    empty = [torch.zeros(0, dtype=torch.float64)]
-    settings["target"] = "predicted" if target is None else target
-    return Confidence(
-        "confidence",
-        torch.cat(full or empty),
-        {name: torch.cat(parts or empty) for name, parts in masked.items()},
-        settings,
+    masks = {name: check_maps(one, size, count, resize) for name, one in maps.items()}
+    args, each = extra_args(additional_forward_args), of_each_image(target, count)
+    found = torch.zeros((1 + len(masks), count), dtype=torch.float64)
+    classes: list[int] | None = []
+
+    def scores(run: Callable[..., Any], start: int, stop: int) -> tuple[Tensor, list[int] | None]:
+        """(1 + methods, n) of the whole images and of each method's, and the classes predicted for the former."""
+        numbers, x = range(start, stop), images[start:stop]
+        given, which = args_of_each_image(args, torch.arange(start, stop), count), each
+        output = run(x.clone(), *given)  # a clone, because a model may change its input in place
+        best = best_classes(output, len(x)) if target is None else None
+        if best is not None:
+            which = lambda _: best  # noqa: E731
+        found = [image_scores(output, score, [which], numbers)]
+        for mask in masks.values():
+            shown = x * normalised(mask[start:stop], normalise)[:, None].to(x.device)
+            found.append(image_scores(run(shown.to(x.dtype), *given), score, [which], numbers))
+        return torch.stack([each[:, 0].double().cpu() for each in found]), best
+
+    device = images.device.type
+    at_once = batch_size or min(
+        EXAMPLES.get(device, EXAMPLES["cuda"]),
+        max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, images[:1].nbytes)),
     )
+    start = 0
+    with evaluated(model) as run, Progress(found.numel(), "images", show_progress, "confidence") as progress:
+        while start < count:
+            stop = min(start + at_once, count)
+            try:
+                found[:, start:stop], best = scores(run, start, stop)
+            except torch.OutOfMemoryError:
+                if batch_size is not None or at_once == 1:
+                    raise
+                at_once //= 2
+                continue
+            classes = None if best is None or classes is None else classes + best
+            progress.advance((stop - start) * len(found))
+            start = stop
+    settings |= target_record(target, classes if target is None else target, count)
+    return Confidence("confidence", found[0], dict(zip(masks, found[1:], strict=True)), settings)
 
 
 def average_drop(

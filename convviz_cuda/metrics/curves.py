@@ -15,6 +15,7 @@ from ..fills import Fill
 from ..results import Result
 from ._curves import (
     MOST_REPETITIONS,
+    TIES,
     Curve,
     Pass,
     bounds_of,
@@ -24,13 +25,12 @@ from ._curves import (
     curve_scores,
     described,
     given_fills,
-    predicted,
     ranked,
     region_sums,
     spread_over_pixels,
-    target_of_each,
     uniform_fills,
 )
+from ._evaluated import evaluated, predicted, target_record
 from ._presets import settled
 from ._result import Metric, check_maps
 
@@ -39,10 +39,14 @@ if TYPE_CHECKING:
 
 Score = Literal["softmax", "output"]
 INSERTION_DELETION = {
-    "rise2018": {"pixels_per_step": 224, "deletion_fill": 0.0, "insertion_fill": "blur", "score": "softmax"}
+    "rise2018": {
+        "pixels_per_step": 224,
+        "deletion_fill": 0.0,
+        "insertion_fill": "rise2018",
+        "score": "softmax",
+    }
 }
 PERTURBATION = {"samek2017": {"region": 9, "steps": 100, "fill": "uniform", "repetitions": 10}}
-TIES = "stable: equal values in scan order"
 
 
 @dataclasses.dataclass
@@ -99,22 +103,25 @@ def insertion_deletion(
 
     Args:
         model: a module or function from images ``(N, C, H, W)`` to scores ``(N, classes)``, evaluated as it is. An
-            example's scores must depend on it alone.
+            example's scores must depend on it alone. Batch norm and dropout in training mode are warned about
+            (UserWarning); a module's buffers stay what they were, and so does PyTorch's random state, unless it is
+            compiled.
         images: ``(N, C, H, W)``, as the model takes them.
         maps: ``(N, H, W)`` or ``(N, 1, H, W)``, of any sign; the largest value is the most important. Pixels of equal
             value follow each other as they are scanned.
         target: which score: an int for all images, a list or tensor of N ints, or what else Captum's methods take; None
             is the class that each image is predicted as.
         mode: which of the two.
-        preset: "rise2018", the settings of the paper: 224 pixels a step, deletion to 0, insertion over the image under
-            a blur of 11 pixels and sigma 5, softmax. Others beside it are refused.
+        preset: "rise2018", the settings of the paper and its authors' code: 224 pixels a step, deletion to 0, insertion
+            over the image under their blur (see :func:`convviz_cuda.fills.rise_blur`), softmax. Others beside it are
+            refused.
         steps: of about equal size, from 1 to the number of pixels. Default 224; or
         pixels_per_step: the pixels of each step; the last one takes what is left.
-        deletion_fill: what hides pixels: a number, one number a channel, "mean", "grey", "blur", "noise" or a tensor
-            that broadcasts to the images (see :func:`convviz_cuda.fills.fill_values`). Default 0: in the images as the
-            model takes them, so that it is the mean colour, not black, where they are normalised.
-        insertion_fill: what is there before pixels are shown, likewise. Default "blur". Borders are reflected, where
-            the authors' notebook takes zeros.
+        deletion_fill: what hides pixels: a number, one number a channel, "mean", "grey", "blur", "rise2018", "noise" or
+            a tensor that broadcasts to the images (see :func:`convviz_cuda.fills.fill_values`). Default 0: in the
+            images as the model takes them, so that it is the mean colour, not black, where they are normalised.
+        insertion_fill: what is there before pixels are shown, likewise. Default "blur", a Gaussian of 11 pixels and
+            sigma 5 with reflected borders: it blurs less than the authors' kernel, and its borders are not dark.
         score: "softmax", the probability, for models that return logits (default), or "output", what they return. The
             area is in [0, 1] for probabilities.
         resize: how maps of another size are brought to the images', see :func:`check_maps`.
@@ -167,11 +174,12 @@ def insertion_deletion(
         fills = given_fills(images, settings[f"{kind}_fill"], seed)
         low = shown if kind == "insertion" else [0] * len(shown)
         passes.append(Pass(ranks, low, [pixels] * len(shown) if kind == "insertion" else shown, fills))
-    targets = predicted(model, images, additional_forward_args) if target is None else target
-    scores = curve_scores(
-        model, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
-        " and ".join(kinds),
-    )  # fmt: skip
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
+        scores = curve_scores(
+            run, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
+            " and ".join(kinds),
+        )  # fmt: skip
     fractions = torch.tensor(shown, dtype=torch.float64) / pixels
     curves = {}
     for kind, scores_now in zip(kinds, scores, strict=True):
@@ -188,14 +196,13 @@ def insertion_deletion(
                 "fill": described(fill),
                 "seed": seed if fill_is(fill, "noise") else None,
                 "score": score,
-                "target": "predicted" if target is None else "given",
+                **target_record(target, targets, count),
                 "order": "descending",
                 "ties": TIES,
                 "resize": resize,
             },
             fractions,
             scores_now,
-            target_of_each(targets, count),
         )
     return InsertionDeletion(**curves) if mode == "both" else curves[mode]
 
@@ -300,11 +307,12 @@ def perturbation_curve(
         ranks = ranked(sums.flatten(1), descending=kind == "morf").view(sums.shape)
         pixels = spread_over_pixels(ranks, region, (height, width))
         passes += [Pass(pixels, [0] * (steps + 1), range(steps + 1), fills(i)) for i in range(repeats)]
-    targets = predicted(model, images, additional_forward_args) if target is None else target
-    scores = curve_scores(
-        model, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
-        "perturbation",
-    )  # fmt: skip
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
+        scores = curve_scores(
+            run, images, passes, targets, additional_forward_args, score, batch_size, memory_limit, show_progress,
+            "perturbation",
+        )  # fmt: skip
     scores = scores.view(len(kinds), repeats, count, steps + 1).mean(1)
     fractions = torch.arange(steps + 1, dtype=torch.float64) / most
     record = {
@@ -320,7 +328,7 @@ def perturbation_curve(
         "repetitions": repeats,
         "seed": seed if random else None,
         "score": score,
-        "target": "predicted" if target is None else "given",
+        **target_record(target, targets, count),
         "ties": TIES,
         "resize": resize,
     }
@@ -333,7 +341,6 @@ def perturbation_curve(
             record | {"order": kind},
             fractions,
             found,
-            target_of_each(targets, count),
         )
         for kind, found in zip(kinds, scores, strict=True)
     }

@@ -122,15 +122,15 @@ def energy_pointing_game(maps: Tensor, truth: Truth) -> Metric:
 def loc_delta(maps: Tensor, truth: Truth, delta: float = 0.0, *, normalise: str | None = "max") -> Metric:
     """Loc(delta) of Grad-CAM++: pixels inside the box, divided by the box's area plus the pixels outside.
 
-    Source: Chattopadhyay et al., "Grad-CAM++" (WACV 2018), section 4.2; the paper has delta 0, 0.25 and 0.5. A map's
+    Source: Chattopadhyay et al., "Grad-CAM++" (WACV 2018), section 4.3; the paper has delta 0, 0.25 and 0.5. A map's
     pixels are those of at least ``delta`` that are above 0, after it was brought to [0, 1]. 1 is a map whose pixels are
     exactly the box.
 
     Args:
         maps, truth: as of :func:`pointing_game`. Of a box only what lies inside the image counts.
         delta: from 0 to 1.
-        normalise: "max" (negative values become 0, divided by the maximum), "minmax" or None. Where a map's minimum is
-            not 0, minmax selects other pixels.
+        normalise: "max" (negative values become 0, divided by the maximum), "minmax", as the paper says of its maps,
+            which are not negative, or None. Where a map's minimum is not 0, the two select different pixels.
 
     Raises ValueError for an object without a pixel inside the image, TypeError or ValueError for what does not fit.
     """

@@ -9,31 +9,23 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._draws import normal
-from ..attr._inputs import Target, extra_args
-from ..attr._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image
+from ..attr._inputs import Target
+from ..attr._masked import INPUT_BYTES
+from ..attr._masked_images import MaskedImages
 from ..checks import check_int
 from ..results import Result
-from ._curves import (
-    Curve,
-    check_evaluation,
-    check_model_and_images,
-    curve_figure,
-    predicted,
-    ranked,
-    target_of_each,
-)
+from ._curves import TIES, Curve, check_evaluation, check_model_and_images, curve_figure, ranked
+from ._evaluated import evaluated, predicted, scored, target_record
+from ._imputation import TOLERANCE, imputed
 from ._result import Metric, check_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TOLERANCE = 1e-9  # of the imputation: its residual, relative to the right-hand side
-ITERATIONS = 5000
-LOOKED_AT = 8  # iterations between two looks at whether all is done, which a GPU has to wait for
+WORKING = 16  # times the bytes of an image in float64: what its imputation holds
 
 
 @dataclasses.dataclass
@@ -69,16 +61,18 @@ def road(
     """The target's score after the most ("morf") or the least ("lerf") relevant pixels were imputed.
 
     Each removed pixel becomes the weighted mean of its eight neighbours, 1/6 for those beside, above and below it and
-    1/12 for those at its corners, all of them at once: a sparse system of linear equations, solved by conjugate
-    gradients to a residual of 1e-9. At the border of the image the weights of those that are there are scaled up to 1.
-    Then a little noise is added. The value of an image is the mean of its scores over the fractions.
+    1/12 for those at its corners, all of them at once: a sparse system of linear equations, solved to about
+    1e-4 of the range of the pixels that are left. At the border of the image the weights of those that are there are
+    scaled up to 1. Then a little noise is added. The value of an image is the mean of its scores over the fractions.
 
     Args:
         model, images, maps, target, score, resize, additional_forward_args, batch_size, memory_limit, show_progress: as
             in :func:`insertion_deletion`.
         order: which order, or both.
         fractions: of the pixels that are removed, each above 0 and below 1.
-        noise: its standard deviation, in the images' units; 0 for none. The paper's code takes 0.01.
+        noise: its standard deviation, in the images' units; 0 for none. The authors take 0.01 and impute images in
+            [0, 1], before the mean is subtracted and the deviation divided by; of images that are normalised it is
+            then 0.01 divided by that deviation.
         seed: of the noise, from 0 to ``2**31 - 1``. It depends on the seed, the image's number and the fraction's.
 
     Returns:
@@ -101,42 +95,45 @@ def road(
     check_evaluation(score, batch_size, memory_limit)
     check_int("seed", seed, 0, 2**31 - 1)
     removed = torch.tensor([min(pixels - 1, round(f * pixels)) for f in fractions], device=images.device)
-    targets = predicted(model, images, additional_forward_args) if target is None else target
     kinds = ["morf", "lerf"] if order == "both" else [order]
     ranks = torch.stack([ranked(maps.flatten(1), kind == "morf") for kind in kinds]).view(-1, height, width)
-    each, args, steps = [of_each_image(targets, count)], extra_args(additional_forward_args), len(fractions)
+    steps, many_bytes = len(fractions), INPUT_BYTES.get(images.device.type, INPUT_BYTES["cuda"])
+    if memory_limit is not None:
+        many_bytes = min(many_bytes, memory_limit)
+    together = max(1, many_bytes // (WORKING * 8 * max(1, images[:1].numel())))
 
     def mask(out: Tensor, images: Tensor, start: int, stop: int) -> tuple[Tensor, Sequence[int]]:
         number = torch.arange(start, stop, device=images.device)
         image, step = number // steps % count, number % steps
-        hidden = ranks[number // steps] < removed[step].view(-1, 1, 1)
-        shown = imputed(images[image].double(), hidden[:, None])
-        if noise:
-            # The same for both orders.
-            streams = (step << 32) + image
-            shown = shown + noise * normal(streams, images[0].numel(), seed).view(shown.shape)
-        out.copy_(torch.where(hidden[:, None], shown.to(images.dtype), images[image]))
+        for first in range(0, stop - start, together):
+            part = slice(first, first + together)
+            given = images[image[part]]
+            hidden = (ranks[number[part] // steps] < removed[step[part]].view(-1, 1, 1))[:, None]
+            shown = imputed(given.double(), hidden)
+            if noise:
+                streams = (step[part] << 32) + image[part]  # the same for both orders
+                shown += noise * normal(streams, images[0].numel(), seed).view(shown.shape)
+            out[part].copy_(torch.where(hidden, shown.to(images.dtype), given))
         return image, [i // steps % count for i in range(start, stop)]
 
-    def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
-        return image_scores(model(given, *args_of_each_image(args, image, count)), score, each, numbers)
-
     scores = torch.zeros((len(kinds), count, steps), dtype=torch.float64)
-    if count:
-        many = MaskedImages(images, mask, scores.numel(), evaluate)
-        scores = (
-            many.scores(batch_size, memory_limit, show_progress, "ROAD").double().cpu().view(scores.shape)
-        )
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
+        evaluate = scored(run, targets, additional_forward_args, count, score)
+        if count:
+            many = MaskedImages(images, mask, scores.numel(), evaluate)
+            found = many.scores(batch_size, memory_limit, show_progress, "ROAD")
+            scores = found.double().cpu().view(scores.shape)
     record = {
         "value": "mean of the score over the fractions",
         "axis": "fraction of pixels imputed",
         "fractions": fractions,
-        "imputation": "weighted mean of 8 neighbours, solved jointly",
+        "imputation": f"weighted mean of 8 neighbours, solved jointly to corrections of {TOLERANCE} of the range",
         "noise": float(noise),
         "seed": seed,
         "score": score,
-        "target": "predicted" if target is None else "given",
-        "ties": "stable: equal values in scan order",
+        **target_record(target, targets, count),
+        "ties": TIES,
         "resize": resize,
     }
     curves = {
@@ -146,7 +143,6 @@ def road(
             record | {"order": kind},
             torch.tensor(fractions, dtype=torch.float64),
             found,
-            target_of_each(targets, count),
         )
         for kind, found in zip(kinds, scores, strict=True)
     }
@@ -157,44 +153,6 @@ def road(
     return Road(
         **curves, combined=Metric("road_combined", combined, record | {"value": meaning, "order": "both"})
     )
-
-
-def imputed(images: Tensor, hidden: Tensor) -> Tensor:
-    """Images (n, C, H, W) float64 in which each hidden pixel is the weighted mean of its neighbours.
-
-    hidden: (n, 1, H, W) bool, not all of an image. Conjugate gradients, each image and channel on its own: the matrix
-    is symmetric and positive definite, and it is never stored.
-    """
-    inside = hidden.double()
-    whole = _neighbours(torch.ones_like(inside))  # less than 1 at the border
-    known = torch.where(hidden, 0.0, images)
-    right = torch.where(hidden, _neighbours(known), 0.0)
-    found = torch.zeros_like(right)
-    rest, direction = right.clone(), right.clone()
-    square = (rest * rest).sum((2, 3), keepdim=True)
-    enough = square * TOLERANCE**2
-    for i in range(ITERATIONS):
-        busy = square > enough
-        if i % LOOKED_AT == 0 and not bool(busy.any()):
-            break
-        moved = inside * (whole * direction - _neighbours(direction))
-        along = (direction * moved).sum((2, 3), keepdim=True)
-        # What is done stays as it is, whatever is beside it in the batch.
-        step = torch.where(busy, square / torch.where(busy, along, 1.0), 0.0)
-        found += step * direction
-        rest -= step * moved
-        now = torch.where(busy, (rest * rest).sum((2, 3), keepdim=True), square)
-        direction = rest + torch.where(busy, now / torch.where(busy, square, 1.0), 0.0) * direction
-        square = now
-    return torch.where(hidden, found, images)
-
-
-def _neighbours(x: Tensor) -> Tensor:
-    """Each pixel's neighbours under their weights; nothing lies beyond the border."""
-    rows = F.pad(x, (1, 1, 0, 0))
-    rows = rows[..., :-2] + rows[..., 2:] + 2 * x
-    both = F.pad(rows, (0, 0, 1, 1))
-    return (both[..., :-2, :] + both[..., 2:, :] + 2 * rows - 4 * x) / 12
 
 
 def _checked_fractions(fractions: Any) -> list[float]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..attr._inputs import Target, extra_args
+from ..attr._inputs import Target
 from ..attr._masked import memory_format
-from ..attr._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image
+from ..attr._masked_images import MaskedImages
 from ..checks import check_int
 from ..fills import Fill
 from ..mask_ops import philox, replace_ranked_
@@ -21,16 +21,16 @@ from ._curves import (
     check_model_and_images,
     described,
     given_fills,
-    predicted,
     ranked,
-    target_of_each,
 )
+from ._evaluated import evaluated, predicted, scored, target_record
 from ._result import Metric, check_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST = 0.8  # of the pixels, as in the paper
+ROUNDING = 4  # units of rounding of an image's largest score: lost scores that differ by less are the same
 
 
 @dataclasses.dataclass
@@ -38,12 +38,16 @@ class SensitivityN(Metric):
     """values: (N,), the mean of an image's correlations over the sizes for which they are defined.
 
     sizes: (K,), the numbers of pixels that were removed together.  correlations: (N, K) float64, NaN where the map's
-    sums or the scores did not vary.  targets: the class of each image; None where an image has one score only.
+    sums or the scores did not vary by more than their rounding.
     """
 
     sizes: list[int]
     correlations: Tensor
-    targets: list[Any] | None
+
+    @property
+    def targets(self) -> list[Any] | None:
+        """The class whose score it is, of each image; None where an image has one score only."""
+        return self.settings["targets"]
 
     def figure(self) -> Figure:
         """Each image's correlations, thin, and their mean, over the number of pixels."""
@@ -115,14 +119,12 @@ def sensitivity_n(
     else:
         chosen = _in_equal_ratios(check_int("sizes", sizes, 1), max(1, int(LARGEST * pixels)))
     fills = given_fills(images, fill, seed)
-    targets = predicted(model, images, additional_forward_args) if target is None else target
 
     # The first variant of an image is the image itself.
     per_image = samples * len(chosen) + 1
     words = [philox(torch.tensor([s], device=images.device), pixels, seed) for s in range(samples)]
     ranks = torch.cat([ranked(w) for w in words]).view(samples, height, width)
     highs = torch.tensor(chosen, device=images.device)
-    each, args = [of_each_image(targets, count)], extra_args(additional_forward_args)
 
     def mask(out: Tensor, images: Tensor, start: int, stop: int) -> tuple[Tensor, Sequence[int]]:
         layout = memory_format(images)
@@ -146,16 +148,19 @@ def sensitivity_n(
         numbers = [i // per_image for i in range(start, stop)]
         return torch.tensor(numbers, device=images.device), numbers
 
-    def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
-        return image_scores(model(given, *args_of_each_image(args, image, count)), score, each, numbers)
-
     correlations = torch.zeros((0, len(chosen)), dtype=torch.float64)
+    with evaluated(model) as run:
+        targets = predicted(run, images, additional_forward_args) if target is None else target
+        evaluate = scored(run, targets, additional_forward_args, count, score)
+        if count:
+            many = MaskedImages(images, mask, count * per_image, evaluate)
+            found = many.scores(batch_size, memory_limit, show_progress, "sensitivity-n").cpu()
     if count:
-        many = MaskedImages(images, mask, count * per_image, evaluate)
-        scores = many.scores(batch_size, memory_limit, show_progress, "sensitivity-n").double().cpu()
-        scores = scores.view(count, per_image)
+        scores = found.double().view(count, per_image)
         lost = (scores[:, :1] - scores[:, 1:]).view(count, samples, len(chosen))
-        correlations = _correlation(lost, _sums(maps, ranks, highs).cpu())
+        noise = ROUNDING * _precision(images, found) * scores.abs().amax(1, keepdim=True)
+        sums = _sums(maps, ranks, highs).cpu()
+        correlations = _correlation(lost, sums, noise, 1e-12 * sums.abs().amax(1))
     settings = {
         "value": "mean over sizes of Pearson's correlation between lost score and the map's sum",
         "sizes": chosen,
@@ -163,7 +168,7 @@ def sensitivity_n(
         "fill": described(fill),
         "seed": seed,
         "score": score,
-        "target": "predicted" if target is None else "given",
+        **target_record(target, targets, count),
         "resize": resize,
     }
     return SensitivityN(
@@ -172,7 +177,6 @@ def sensitivity_n(
         settings,
         chosen,
         correlations,
-        target_of_each(targets, count),
     )
 
 
@@ -192,11 +196,19 @@ def _sums(maps: Tensor, ranks: Tensor, sizes: Tensor) -> Tensor:
     return torch.stack(sums, 1)
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """(N, K): Pearson's, over the second dimension; NaN where one of both does not vary beyond its rounding."""
+def _precision(images: Tensor, scores: Tensor) -> float:
+    """The unit of rounding of the coarsest dtype in which scores were computed."""
+    dtypes = [images.dtype, scores.dtype]
+    if torch.is_autocast_enabled(images.device.type):
+        dtypes.append(torch.get_autocast_dtype(images.device.type))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _correlation(a: Tensor, b: Tensor, a_noise: Tensor, b_noise: Tensor) -> Tensor:
+    """(N, K): Pearson's, over the second dimension; NaN where one of both varies by no more than its rounding."""
     flat = torch.zeros(a.shape[::2], dtype=torch.bool)
-    for each in (a, b):
-        flat |= (each.amax(1) - each.amin(1)) <= 1e-12 * each.abs().amax(1)
+    for each, noise in ((a, a_noise), (b, b_noise)):
+        flat |= (each.amax(1) - each.amin(1)) <= noise
     a, b = (each - each.mean(1, keepdim=True) for each in (a, b))
     both = (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()
     return torch.where(flat, torch.nan, both)
