@@ -178,7 +178,7 @@ def test_the_result_does_not_depend_on_chunks(images, options):
     by_default = max(counts)
     counts.clear()
     assert torch.equal(RISE(function).attribute_many(images, n_masks=50, **options), expected)
-    assert by_default == 8
+    assert by_default == 16
     assert max(counts) == min(max(options.get("batch_size", 1), 1), 100)
     assert sum(counts) - 100 <= 6  # what the checks took
 

@@ -14,7 +14,7 @@ from ..mask_ops import checked_masks, mask_images_inplace_op
 from ..progress import Progress
 from ..window_ops import change
 from ._inputs import Target, gains_turned, select_target
-from ._masked import EXAMPLES, FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
+from ._masked import FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
 
 # Writes masked images, from one number to another, into memory of their shape: ``(out, images, start, stop)``. Gives
 # which image each is made of, on the device and on the host. The images are the caller's, in the layout of ``out``.
@@ -24,6 +24,8 @@ Mask = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Sequence[int]]]
 Masks = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None, Sequence[int]]]
 # The images, which of the caller's they come from (on the device, and on the host): their scores, (n, K).
 Evaluate = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+# Images in one forward. On the CPU networks take as long an image with 8, and Python twice as long.
+TOGETHER = {"cpu": 16, "cuda": 128}
 BLOCK = 4096  # masked images whose small grids are fetched together
 PROBED = 3  # images that are looked at alone and together, before many are evaluated together
 
@@ -50,7 +52,7 @@ class MaskedImages:
     def _scores(self, start: int, stop: int, images: Tensor, room: Tensor) -> Tensor:
         # Written anew for each forward: the function may have changed it in place. Of more images at once than pass
         # together the caches let go before they are read.
-        given = room[: stop - start]
+        given = room if len(room) == stop - start else room[: stop - start]
         scores = self.evaluate(given, *self.mask(given, images, start, stop))
         assert scores.dim() == 2 and len(scores) == stop - start, (
             f"forward_func must return scores of each image: for {stop - start} images it gave {len(scores)}."
@@ -109,7 +111,7 @@ class MaskedImages:
         device = self.images.device.type
         at_once = min(
             self.count,
-            EXAMPLES.get(device, EXAMPLES["cuda"]),
+            TOGETHER.get(device, TOGETHER["cuda"]),
             max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, self.images[0].nbytes)),
         )
         with drawn_from():  # a random function goes on as if it had not been looked at

@@ -3,6 +3,12 @@
 #include "kernels/isa.h"
 #include "kernels/mask_images.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#define CONVVIZ_APART _Pragma("GCC ivdep")
+#else
+#define CONVVIZ_APART
+#endif
+
 namespace convviz {
 
 namespace {
@@ -56,7 +62,9 @@ struct Loop {
       const T* from = args.images + args.image_of(n) * streams * step + y * length;
       T* to = args.out + n * streams * step + y * length;
       if (streams == 1) {
-        blend_and_multiply(from, low, high, weight, to, length);
+        blend_and_multiply<1>(from, low, high, weight, to, length, step);
+      } else if (streams == 3) {
+        blend_and_multiply<3>(from, low, high, weight, to, length, step);
       } else {
         for (int64_t i = 0; i < length; ++i) mask[i] = blend(low[i], high[i], weight);
         for (int64_t s = 0; s < streams; ++s, from += step, to += step) multiply(from, mask, to, length);
@@ -102,10 +110,18 @@ struct Loop {
   static CONVVIZ_HD void multiply(const T* from, const A* mask, T* to, int64_t length) {
     for (int64_t i = 0; i < length; ++i) to[i] = MaskImagesArgs<T>::masked(from[i], mask[i]);
   }
+  // Of so many channels' rows, `step` apart; the result shares no memory with what is read.
+  template <int STREAMS>
   static CONVVIZ_HD void blend_and_multiply(const T* from, const A* low, const A* high, A weight, T* to,
-                                            int64_t length) {
-    for (int64_t i = 0; i < length; ++i)
-      to[i] = MaskImagesArgs<T>::masked(from[i], blend(low[i], high[i], weight));
+                                            int64_t length, int64_t step) {
+    CONVVIZ_APART
+    for (int64_t i = 0; i < length; ++i) {
+      const A mask = blend(low[i], high[i], weight);
+      CONVVIZ_UNROLL
+      for (int s = 0; s < STREAMS; ++s) {
+        to[s * step + i] = MaskImagesArgs<T>::masked(from[s * step + i], mask);
+      }
+    }
   }
 };
 
