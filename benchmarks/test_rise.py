@@ -22,6 +22,7 @@ from convviz_cuda.attr import RISE
 from convviz_cuda.attr.rise import RandomMasks, random_masks
 
 MASKS, GRID, P = 4000, 7, 0.5
+SOME = 400  # with a network, whose time grows with the masks
 CHUNKS = (8, 32, 100)  # masks of one forward, of which each loop takes the fastest
 LOOP, PRODUCT = "torch", "torch, sum as a matrix product"
 Function = Callable[[Tensor], Tensor]
@@ -103,8 +104,9 @@ def test_masks(quick: bool, compare: Callable[..., Any], pytestconfig: pytest.Co
 
 
 def test_rise(quick: bool, compare: Callable[..., Any], pytestconfig: pytest.Config) -> None:
-    """All of RISE; one class, and all classes out of the same forwards."""
+    """All of RISE with some masks: one class, and all classes out of the same forwards."""
     image, count = inputs(quick)
+    count = min(count, SOME)
     model = build("squeezenet1_0", quick)
 
     def probability(x: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def test_rise(quick: bool, compare: Callable[..., Any], pytestconfig: pytest.Con
             **found,
             "convviz, all classes": lambda: rise.attribute_many(image, n_masks=count),
         },
-        rounds=3,
+        rounds=5,
         errors={"to torch, 40 masks": error},
         notes=lambda seconds: {"torch's chunks": chunks_of(found), "ms a mask": 1e3 * seconds / count},
     )
