@@ -151,7 +151,7 @@ class Conv2d(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         if winograd.convolves(x, weight, stride, padding, dilation, groups):
-            packed = _call(winograd.winograd_pack_op, weight, False)
+            packed = _call(winograd.winograd_packed_op, weight, False)
             bias = None if bias is None else bias.contiguous()
             bounds = -math.inf, math.inf
             out = _call(winograd.winograd_conv2d_op, x, packed, bias, len(weight), list(padding), *bounds)
@@ -188,7 +188,7 @@ def conv2d_data_gradient(
         and not torch.is_grad_enabled()
         and winograd.convolves(signal, weight, stride, padding, dilation, groups, flipped=True)
     ):
-        packed = _call(winograd.winograd_pack_op, weight, True)
+        packed = _call(winograd.winograd_packed_op, weight, True)
         pads = [2 - p for p in padding]
         bounds = -math.inf, math.inf
         return _call(winograd.winograd_conv2d_op, signal, packed, None, weight.shape[1], pads, *bounds)

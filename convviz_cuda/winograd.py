@@ -108,7 +108,7 @@ REFERENCES = {
     "winograd_conv2d": _conv_reference,
     "winograd_input": _input_reference,
     "winograd_output": _output_reference,
-    "winograd_pack": _pack_reference,
+    "winograd_packed": _pack_reference,
 }
 
 winograd_input_op = define(
@@ -139,14 +139,14 @@ winograd_conv2d_op = define(
     vmap=looped("winograd_conv2d"),
     differentiable=False,
 )
-winograd_pack_op = define(
-    "winograd_pack",
+winograd_packed_op = define(
+    "winograd_packed",
     "(Tensor weight, bool flipped) -> Tensor",
     _pack_reference,
     lambda weight, flipped: weight.new_empty(
         -(-weight.shape[1 if flipped else 0] // BLOCK), 16, weight.shape[0 if flipped else 1], BLOCK
     ),
-    vmap=looped("winograd_pack"),
+    vmap=looped("winograd_packed"),
     differentiable=False,
 )
 
@@ -174,7 +174,7 @@ def winograd_packed(weight: Tensor, flipped: bool = False) -> Tensor:
         raise ValueError(f"weight must be (Co, Ci, 3, 3), but its shape is {tuple(weight.shape)}.")
     if weight.dtype != torch.float32 or weight.device.type not in ("cpu", "meta"):
         raise TypeError(f"weight must be float32 on the CPU, but it is {weight.dtype} on {weight.device}.")
-    return winograd_pack_op(weight, bool(flipped))
+    return winograd_packed_op(weight, bool(flipped))
 
 
 def serves(*tensors: Tensor) -> bool:

@@ -167,7 +167,7 @@ def test_opcheck(case, monkeypatch):
     op, calls = getattr(torch.ops.convviz, case.op).default, []
     monkeypatch.setattr(*OVERLOADS[case.op], lambda *args: calls.append(args) or op(*args))
     case(*case.inputs(drawing(F32, ())))
-    case(*(ARRANGEMENTS["channels_last"](x) for x in case.inputs(drawing(F64, ()))))
+    case(*(ARRANGEMENTS["channels_last"](x) for x in case.inputs(drawing(case.dtypes[0], ()))))
     monkeypatch.undo()
     once_only = case.in_place or case.options.get("rule") in ("deconvnet", "guided")
     for first, *rest in calls:

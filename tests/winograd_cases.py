@@ -94,6 +94,37 @@ def winograd_conv2d_truth(x: Tensor, weight: Tensor, bias=None, *, padding=0, lo
     return Band(value, unit * magnitude + torch.finfo(x.dtype).smallest_normal * (x.shape[1] + 20))
 
 
+def winograd_tiles_truth(x: Tensor, weight: Tensor, bias=None, *, padding=0, low=-INF, high=INF) -> Band:
+    """The convolution by weights in Winograd's domain, (16, Ci, Co): the definition's sums in float64."""
+    vertical, horizontal = two(padding)
+    height, width = x.shape[2] + 2 * vertical - 2, x.shape[3] + 2 * horizontal - 2
+    edge = (horizontal, horizontal + width % 2, vertical, vertical + height % 2)
+    b, a = (torch.tensor(m, dtype=F64) for m in (INPUT, OUTPUT))
+
+    def through(x, weight, b, a, bias):
+        tiles = F.pad(x, edge).unfold(2, 4, 2).unfold(3, 4, 2)
+        tiles = torch.einsum("ij,nchwjk,lk->nchwil", b, tiles, b)
+        products = torch.einsum("nchwil,ilco->nohwil", tiles, weight.unflatten(0, (4, 4)))
+        maps = torch.einsum("ij,nohwjk,lk->nohiwl", a, products, a).flatten(4, 5).flatten(2, 3)
+        maps = maps[:, :, :height, :width]
+        return maps if bias is None else maps + bias.view(-1, 1, 1)
+
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    value = through(wide[0], wide[1], b, a, wide[2]).clamp(low, high)
+    sizes = [None if t is None else t.abs() for t in wide]
+    magnitude = through(sizes[0], sizes[1], b.abs(), a.abs(), sizes[2])
+    unit = torch.finfo(x.dtype).eps * (x.shape[1] + 20)
+    return Band(value, unit * magnitude + torch.finfo(x.dtype).smallest_normal)
+
+
+def winograd_packed_truth(weight: Tensor, *, flipped=False) -> Band:
+    turned = weight.double().transpose(0, 1).flip(2, 3) if flipped else weight.double()
+    g = torch.tensor(WEIGHT, dtype=F64)
+    value = torch.einsum("ij,ocjk,lk->ilco", g, turned, g).flatten(0, 1)
+    value = F.pad(value, (0, -value.shape[2] % 32)).unflatten(2, (-1, 32)).permute(2, 0, 1, 3)
+    return Band(value.contiguous(), torch.finfo(weight.dtype).eps * value.abs() + 1e-12)
+
+
 # Input's shape and padding: odd and even results, vectors' tails, tiles that lie in the padding alone.
 INPUTS = {
     "typical": ((2, 17, 5, 8), 1),
@@ -140,7 +171,37 @@ def _output_case(label: str, options, bias: bool) -> Case:
     )
 
 
+def _conv_case(label: str, results: int, bias: bool, options) -> Case:
+    shape, padding = INPUTS[label]
+
+    def inputs(draw):
+        given = draw(*shape), draw(16, shape[1], results)
+        return (*given, draw(results)) if bias else given
+
+    return Case(
+        "winograd_conv2d", f"{label}-{results}", inputs, winograd_tiles_truth, {"padding": padding, **options},
+        special=False, signed=False, last="bias" if bias else None,
+    )  # fmt: skip
+
+
 WINOGRAD_CASES = [
+    _conv_case("typical", 40, True, {"low": 0.0}),
+    _conv_case("67-channels", 17, False, {}),
+    _conv_case("1-pixel", 32, True, {"low": -1.0, "high": 1.0}),
+    *(
+        Case(
+            "winograd_packed",
+            f"{results}x{channels}-{flipped}",
+            lambda draw, shape=(results, channels, 3, 3): (draw(*shape),),
+            winograd_packed_truth,
+            {"flipped": flipped},
+            special=False,
+            signed=False,
+            dtypes=(torch.float32,),
+        )
+        for results, channels in ((40, 17), (32, 8), (5, 1))
+        for flipped in (False, True)
+    ),  # fmt: skip
     *(
         Case(
             "winograd_input",

@@ -54,8 +54,8 @@ Tensor winograd_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int6
   return out;
 }
 
-Tensor winograd_pack(Tensor weight, bool flipped) {
-  const char* op = "winograd_pack";
+Tensor winograd_packed(Tensor weight, bool flipped) {
+  const char* op = "winograd_packed";
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
                       weight.scalar_type() == torch::headeronly::ScalarType::Float,
                   op, ": weight must be [Co, Ci, 3, 3], float32.");
@@ -78,7 +78,7 @@ Tensor winograd_pack(Tensor weight, bool flipped) {
 // On a GPU the convolution is left to winograd_input, the library's products and winograd_output.
 STABLE_TORCH_LIBRARY_IMPL(convviz, CPU, m) {
   m.impl("winograd_conv2d", TORCH_BOX(&winograd_conv2d));
-  m.impl("winograd_pack", TORCH_BOX(&winograd_pack));
+  m.impl("winograd_packed", TORCH_BOX(&winograd_packed));
 }
 
 }  // namespace convviz
