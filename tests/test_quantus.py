@@ -81,7 +81,7 @@ def test_integers_of_any_kind_are_targets() -> None:
     assert explain(model, x[:0], []).shape == explain(model, x[:0], None).shape == (0, *x.shape[1:])
     seen = StandIn()
     metrics.quantus_metric(seen, model, x, x, np.uint8(4))
-    assert seen.given["y"].tolist() == [4, 4, 4]
+    assert seen.given["y"].tolist() == [4, 4, 4] and seen.given["y"].dtype == np.int64
 
 
 def test_a_method_may_write_on_the_images_and_return_them() -> None:
