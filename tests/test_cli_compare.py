@@ -20,8 +20,16 @@ from convviz_cuda.cli.experiments import FIRST_SET, SIDE
 from convviz_cuda.loading import load_model
 from convviz_cuda.localization import localize
 
-COUNT = 8
+COUNT = 6
+STEPS = 10  # few, because the tests are about the table
 CONTROLS = ("random map", "random blobs", "centre map")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "STEPS", STEPS)
+        yield
 
 
 def run(out, *more):
@@ -55,7 +63,7 @@ def test_numbers_are_the_metrics(compared) -> None:
     )
     for name, maps in (("guided", guided), ("gradcam", cam[:, 0].detach())):
         row = rows(out)[name]
-        curves = metrics.insertion_deletion(model, images, maps, labels, steps=64)
+        curves = metrics.insertion_deletion(model, images, maps, labels, steps=STEPS)
         drop = metrics.average_drop(model, images, maps, labels, normalise="max")
         assert row["insertion"] == pytest.approx(curves.insertion.mean, abs=1e-4)
         assert row["deletion"] == pytest.approx(curves.deletion.mean, abs=1e-4)
@@ -210,24 +218,16 @@ def test_seconds_are_of_a_warm_method_whose_work_is_done(
     monkeypatch.setattr(module, "_synchronize", lambda images: clock.append(f"done {len(asked)}"))
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=reading))
     result = invoke(
-        "compare", "--out", tmp_path, "--scenes", 3, "--methods", "rise", "--masks", 60, "--batch-size", 2
+        "compare", "--out", tmp_path, "--scenes", 3, "--methods", "rise", "--masks", 20, "--batch-size", 2
     )
     assert result.exit_code == 0, result.output
-    assert asked == [("rise", 1, 16), ("rise", 2, 60), ("rise", 1, 60)]
+    assert asked == [("rise", 1, 16), ("rise", 2, 20), ("rise", 1, 20)]
     assert clock[:4] == ["done 1", "clock after 1", "done 3", "clock after 3"]
 
 
 def test_under_random_weights_guided_backprop_changes_least(tmp_path) -> None:
-    others = ("saliency", "gradcam", "integrated")
-    arguments = (
-        "compare",
-        "--out",
-        tmp_path,
-        "--scenes",
-        2,
-        "--methods",
-        "guided,saliency,gradcam,integrated",
-    )
+    others = ("saliency", "gradcam")
+    arguments = ("compare", "--out", tmp_path, "--scenes", 2, "--methods", "guided,saliency,gradcam")
     result = invoke(*arguments, "--cam-layer", "relu5", "--randomize")
     assert result.exit_code == 0, result.output
     found = {name: rows(tmp_path)[name]["randomized"] for name in ("guided", *others)}
@@ -309,11 +309,137 @@ def test_real_photographs(squeezenet_weights, tmp_path, monkeypatch: pytest.Monk
         (["--methods", "saliency", "--masks", "5"], "--masks goes with --method rise"),
         (["--methods", "rise", "--masks", "0"], "--masks is a number of masks"),
         (["--scenes", "0"], "--scenes must be at least 1"),
-        (["--cam-layer", "nowhere", "--methods", "gradcam"], "nowhere"),
+        (["--cam-layer", "nowhere", "--methods", "saliency,gradcam"], "it is 'nowhere'"),
     ],
 )
-def test_arguments_that_make_no_sense(arguments: list[str], words: str, tmp_path) -> None:
+def test_arguments_that_make_no_sense(
+    arguments: list[str], words: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
+    asked = watch(monkeypatch)
     result = invoke("compare", "--out", out, "--scenes", 2, *arguments)
     assert result.exit_code == 2, result.output
     assert words in " ".join(result.output.split())
+    assert not asked and not (out / "compare.json").exists()
+
+
+OTHERS = """
+class Alone(Twins):
+    def forward(self, x):
+        return x.mean((1, 2, 3))
+
+class Together(Twins):
+    def forward(self, x):
+        return x.mean((2, 3)).sum(0, keepdim=True)
+
+class Planes(Twins):
+    def forward(self, x):
+        return x
+
+class Means(Twins):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+def half():
+    return net().half()
+
+def shallow():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5))
+"""
+SIZED = ("--resize", 12, "--crop", 8)
+
+
+def photographs(folder: Path, model: str, out: Path, *more: object):
+    """``convviz compare`` of the photographs by a model of net.py."""
+    source = folder / "net.py"
+    if OTHERS not in source.read_text():
+        source.write_text(source.read_text() + OTHERS)
+    return invoke(
+        "compare",
+        folder / "photos",
+        "--model",
+        f"{source}:{model}",
+        "--methods",
+        "saliency",
+        "--out",
+        out,
+        *more,
+    )
+
+
+@pytest.mark.parametrize(
+    "model, more, words",
+    [
+        ("Twins", SIZED, "but it gave a tuple"),
+        ("Alone", SIZED, "but it gave (3,)"),
+        ("Together", SIZED, "but it gave (1, 3)"),
+        ("Planes", SIZED, "but it gave (3, 3, 8, 8)"),
+        ("half", SIZED, "(3, 3, 8, 8), torch.float32, as --mean and --std give them"),
+        ("net", (*SIZED, "--mean", "0.5", "--std", "0.5"), "(3, 1, 8, 8), torch.float32, as --mean"),
+        ("net", ("--resize", 0, "--crop", 0), "--resize and --crop give them one size"),
+        ("Means", (*SIZED, "--randomize"), "the model has no parameters"),
+    ],
+)
+def test_models_and_images_that_do_not_fit(model: str, more, words: str, work, tmp_path) -> None:  # noqa: F811
+    result = photographs(work, model, tmp_path / "out", *more)
+    assert result.exit_code == 2, result.output
+    assert words in result.output and len(result.output) < 400
+    assert not (tmp_path / "out" / "compare.json").exists()
+
+
+def test_folders_that_cannot_be_written(work, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    asked = watch(monkeypatch)
+    for out in (work / "net.py" / "x", Path("/proc/x")):
+        result = photographs(work, "net", out, *SIZED)
+        assert result.exit_code == 2 and "cannot be made a folder" in result.output, result.output
+    for name in ("compare.json", "compare.md"):
+        (tmp_path / name / name).mkdir(parents=True)
+        result = photographs(work, "net", tmp_path / name, *SIZED)
+        assert result.exit_code == 2 and f"{name} is a folder" in result.output, result.output
+    assert not asked
+
+
+def test_small_images(work, tmp_path) -> None:  # noqa: F811
+    """Fewer pixels than steps, and too few for a similarity that is not asked for."""
+    result = photographs(work, "Means", tmp_path / "out", "--resize", 12, "--crop", 3)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["settings"]["steps"] == 9
+    result = photographs(work, "shallow", tmp_path / "out", "--resize", 12, "--crop", 10, "--randomize")
+    assert result.exit_code == 0, result.output
+    assert list(rows(tmp_path / "out")["saliency"]["randomized"]) == ["3", "0"]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "garbage",
+        "",
+        "[1, 2]",
+        '{"rows": []}',
+        '{"settings": {}, "rows": [1]}',
+        '{"settings": {}, "rows": null}',
+        lambda record: record["rows"][0].pop("id"),
+        lambda record: record["rows"][0].pop("box IoU"),
+        lambda record: record["rows"][0].update(insertion="0.5"),
+        lambda record: record.pop("settings"),
+        lambda record: record.update(others=[{"rows": []}, 3]),
+    ],
+)
+def test_a_file_of_something_else_is_left_alone(spoilt, copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = copied / "compare.json"
+    if callable(spoilt):
+        record = json.loads(file.read_text())
+        spoilt(record)
+        spoilt = json.dumps(record)
+    file.write_text(spoilt)
+    asked = watch(monkeypatch)
+    result = run(copied, "--methods", "gradcam,saliency")
+    assert result.exit_code == 2 and "no table of this command" in result.output, result.output
+    assert not asked and file.read_text() == spoilt
+
+
+def test_what_is_counted(work, tmp_path) -> None:  # noqa: F811
+    result = photographs(work, "shallow", tmp_path / "out", *SIZED, "--randomize", "--batch-size", 2)
+    for line in ("saliency: 3/3 images", f"insertion and deletion: {3 * 2 * (STEPS + 1)}/", ": 9/9 maps"):
+        assert line in result.stderr

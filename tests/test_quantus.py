@@ -60,6 +60,60 @@ def test_explain_func_leaves_nothing_behind() -> None:
         metrics.explain_func(attr.Saliency)(lambda v: v, x, [1, 2, 0])
 
 
+NO_CLASSES = ([0.7, 1.2, 2.9], [True, False, True], np.array([1.0, 2.0, 0.0]), "x", ["0", "1", "2"])
+
+
+@pytest.mark.parametrize("wrong", NO_CLASSES, ids=repr)
+def test_targets_that_are_no_ints(wrong) -> None:
+    model, x = built(Plain), images()
+    with pytest.raises(AssertionError, match="targets must be an int or ints, but it is"):
+        metrics.explain_func(attr.Saliency)(model, x, wrong)
+    with pytest.raises(AssertionError, match="target must be an int or ints, but it is"):
+        metrics.quantus_metric(StandIn(), model, x, x, wrong)
+
+
+def test_integers_of_any_kind_are_targets() -> None:
+    model, x = built(Plain), images()
+    explain = metrics.explain_func(attr.Saliency)
+    expected = attr.Saliency(model).attribute(x, [4, 0, 2]).numpy()
+    for classes in ([4, 0, 2], np.array([[4], [0], [2]], np.uint8), torch.tensor([4, 0, 2]).int()):
+        np.testing.assert_allclose(explain(model, x, classes), expected)
+    assert explain(model, x[:0], []).shape == explain(model, x[:0], None).shape == (0, *x.shape[1:])
+    seen = StandIn()
+    metrics.quantus_metric(seen, model, x, x, np.uint8(4))
+    assert seen.given["y"].tolist() == [4, 4, 4] and seen.given["y"].dtype == np.int64
+
+
+def test_a_method_may_write_on_the_images_and_return_them() -> None:
+    def doubled(images, target=None):
+        return images.mul_(2)
+
+    for kind in (torch.from_numpy, np.asarray):
+        pixels = np.random.default_rng(0).random((3, 3, 12, 12))
+        before = pixels.copy()
+        found = metrics.explain_func(lambda _: doubled)(built(Plain), kind(pixels), [0, 1, 2])
+        np.testing.assert_array_equal(found, 2 * before)
+        np.testing.assert_array_equal(pixels, before)
+
+
+@pytest.mark.parametrize(
+    "returned, error, words",
+    [
+        (lambda x: (x, x), TypeError, "it returned tuple"),
+        (lambda x: x.long(), TypeError, "it returned torch.int64"),
+        (lambda x: x.numpy(), TypeError, "it returned ndarray"),
+        (lambda x: x[:1], ValueError, "of 3 images, but its result has the shape"),
+        (lambda x: x.sum((1, 2, 3)), ValueError, "of 3 images, but its result has the shape"),
+    ],
+)
+def test_what_a_method_returns_must_be_maps(returned, error, words: str) -> None:
+    explain = metrics.explain_func(lambda model: lambda x, target: returned(x))
+    with pytest.raises(error, match=words):
+        explain(built(Plain), images(), [0, 1, 2])
+    alone = metrics.explain_func(lambda model: lambda x, target: (x.sum(1),))
+    assert alone(built(Plain), images(), [0, 1, 2]).shape == (3, 1, 12, 12)
+
+
 class StandIn:
     """What the adapter knows of a metric of Quantus: its call."""
 
@@ -139,6 +193,41 @@ def test_a_metric_takes_our_maps() -> None:
         metrics.quantus_metric(StandIn(aggregate=True), model, x, maps, 1)
     with pytest.raises(ValueError, match="each of 3 images"):
         metrics.quantus_metric(StandIn(), model, x, maps, [1, 2])
+
+
+@pytest.mark.parametrize(
+    "given, error, words",
+    [
+        ({"maps": "x"}, TypeError, "maps must be a tensor"),
+        ({"maps": np.zeros((3, 12, 12))}, TypeError, "maps must be a tensor"),
+        ({"maps": torch.zeros(2, 12, 12)}, ValueError, r"maps must have .* shape \(2, 12, 12\)"),
+        ({"maps": torch.zeros(12, 12)}, ValueError, "maps must have the shape"),
+        ({"maps": None}, ValueError, "maps=None needs method"),
+        ({"masks": "x"}, TypeError, "masks must be a tensor"),
+        ({"masks": torch.zeros(1, 12, 12)}, ValueError, "masks must have the shape"),
+        ({"target": None}, AssertionError, "target must be an int"),
+        ({"target": 1.5}, AssertionError, "target must be an int"),
+        ({"target": True}, AssertionError, "target must be an int"),
+        ({"seed": None}, ValueError, "seed must"),
+        ({"seed": True}, ValueError, "seed must"),
+        ({"method": "Saliency"}, TypeError, "method must"),
+    ],
+)
+def test_arguments_that_make_no_sense(given: dict, error: type[Exception], words: str) -> None:
+    x, metric = images(), StandIn()
+    with pytest.raises(error, match=words) as raised:
+        metrics.quantus_metric(metric, built(Plain), x, **{"maps": x, "target": 1, **given})
+    assert len(str(raised.value)) < 300 and not metric.given
+
+
+def test_a_metric_is_an_object_and_may_bring_its_explain_func() -> None:
+    x = images()
+    for wrong in (StandIn, None):
+        with pytest.raises(TypeError, match="metric must be an object that can be called"):
+            metrics.quantus_metric(wrong, built(Plain), x, x, 1)
+    own = metrics.explain_func(attr.Saliency)  # in place of a method
+    found = metrics.quantus_metric(StandIn(), built(Plain), x, None, 1, explain_func=own)
+    assert found.values.isfinite().all()
 
 
 def test_quantus_is_not_imported() -> None:

@@ -19,10 +19,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import scenes
+from ..attr._gradient import find_layer
 from ..journal import digest, write_atomically
 from ..localization import localize
 from ..metrics import box_iou, confidence, insertion_deletion, model_randomization, pointing_game
 from ..metrics._curves import described
+from ..progress import Progress
 from ..version import __version__
 from .console import arguments, say
 from .experiments import FIRST_SET, SIDE, Subject
@@ -94,13 +96,18 @@ def compare(
     shown: Subject, methods: Sequence[Method], options: Options, randomize: bool, out: Path, batch_size: int
 ) -> None:
     """Write ``compare.json`` and ``compare.md`` to ``out`` and print the table; what is there already is not redone."""
-    images = shown.tensor()
-    truth = truth_of(shown)
-    if truth is not None:
-        targets = truth.labels
-    else:
-        with torch.no_grad():
-            targets = [c for part in images.split(batch_size) for c in shown.model(part).argmax(1).tolist()]
+    file, sheet = out / "compare.json", out / "compare.md"
+    with arguments():
+        _ready(file, sheet)
+        known = _there(file)
+        if options.cam_layer != "auto":
+            find_layer(shown.model, options.cam_layer)
+        if randomize and next(shown.model.parameters(), None) is None:
+            raise ValueError("--randomize gives layers random weights, but the model has no parameters.")
+        images = _images(shown)
+        truth = truth_of(shown)
+        targets = truth.labels if truth is not None else _predicted(shown.model, images, batch_size)
+    steps = min(STEPS, images.shape[2] * images.shape[3])
     settings = {
         "version": __version__,
         **shown.about,
@@ -110,7 +117,7 @@ def compare(
         "device": _device(images),
         "target": "predicted" if truth is None else "label",
         "targets": list(targets),
-        "steps": STEPS,
+        "steps": steps,
         "insertion_fill": "blur (11 pixels, sigma 5)",
         "deletion_fill": "0: the mean colour",
         "average_drop": "a map's positive part divided by its maximum, times the image",
@@ -119,8 +126,6 @@ def compare(
         "maps": "a method's own; attributions to channels: the sum of their magnitudes",
         "seconds": "of an image, after a call that is not counted",
     }
-    file = out / "compare.json"
-    known = _there(file)
     table: list[dict[str, Any]] = []
 
     def write() -> None:
@@ -147,7 +152,7 @@ def compare(
                 "id": identity,
                 "method": name,
                 "options": given,
-                **_judged(shown.model, images, maps, targets, truth),
+                **_judged(shown.model, images, maps, targets, truth, steps),
                 "seconds": None if name in (RANDOM, BLOBS, CENTRE) else seconds,
                 "batch_size": batch_size,
             }
@@ -155,20 +160,21 @@ def compare(
         table.append(known[identity][1])
         write()  # a run that is broken off goes on from here
 
-    out.mkdir(parents=True, exist_ok=True)
     for method in methods:
 
-        def make(images: Tensor = images, method: Method = method, options: Options = options) -> Tensor:
-            parts = [
-                attribute_class(method, shown.model, part, targets[start : start + len(part)], options)
-                for start, part in zip(
-                    range(0, len(images), batch_size), images.split(batch_size), strict=True
-                )
-            ]
+        def make(
+            images: Tensor = images, method: Method = method, options: Options = options, show: bool = True
+        ) -> Tensor:
+            parts: list[Tensor] = []
+            with Progress(len(images), "images", show, method.name) as progress:
+                for part in images.split(batch_size):
+                    of = targets[progress.done : progress.done + len(part)]
+                    parts.append(attribute_class(method, shown.model, part, of, options))
+                    progress.advance(len(part))
             return importance(torch.cat(parts)).detach()
 
         def warm(make: Callable[..., Tensor] = make) -> Tensor:
-            return make(images[:1], options=_least(options))
+            return make(images[:1], options=_least(options), show=False)
 
         with arguments():
             judge(method.name, options.of(method), make, warm)
@@ -178,12 +184,50 @@ def compare(
         for method, row in zip(methods, table, strict=False):
             if "randomized" not in row:
                 say(f"{method.name} under random weights ...")
-                row["randomized"] = _randomized(shown.model, method, images, targets, options, batch_size)
+                with arguments():
+                    row["randomized"] = _randomized(shown.model, method, images, targets, options, batch_size)
                 write()
     text = _markdown(table, randomize)
-    write_atomically(out / "compare.md", lambda f: f.write(text.encode()))
+    write_atomically(sheet, lambda f: f.write(text.encode()))
     _print(table, len(images), randomize)
-    print(f"Written to {file} and {out / 'compare.md'}.")
+    print(f"Written to {file} and {sheet}.")
+
+
+def _ready(*files: Path) -> None:
+    """Makes the folder of the files to be written. Raises ValueError where they cannot be."""
+    folder = files[0].parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {str(folder)!r} cannot be made a folder: {error.strerror}.") from None
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder, where a file of that name is to be written.")
+
+
+def _images(shown: Subject) -> Tensor:
+    try:
+        return shown.tensor()
+    except RuntimeError as error:
+        raise ValueError(
+            f"The images make no batch; --resize and --crop give them one size. ({error})"
+        ) from None
+
+
+@torch.no_grad()
+def _predicted(model: nn.Module, images: Tensor, batch_size: int) -> list[int]:
+    found: list[int] = []
+    for part in images.split(batch_size):
+        about = f"for images {tuple(part.shape)}, {part.dtype},"
+        try:
+            scores = model(part)
+        except RuntimeError as error:
+            raise ValueError(f"The model fails {about} as --mean and --std give them: {error}") from None
+        if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != len(part):
+            what = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise ValueError(f"The model must give scores (N, classes) {about} but it gave {what}.")
+        found += scores.argmax(1).tolist()
+    return found
 
 
 def _device(images: Tensor) -> str:
@@ -202,13 +246,28 @@ def _least(options: Options) -> Options:
 
 
 def _there(file: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """By its id each row of an earlier run, with the settings that it belongs to."""
+    """By its id each row of an earlier run, with the settings that it belongs to. ValueError for a foreign file."""
     try:
         record = json.loads(file.read_text())
         groups = [record, *record.get("others", [])]
-        return {row["id"]: (group["settings"], row) for group in groups for row in group["rows"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ours = all(isinstance(g["settings"], dict) and all(map(_is_row, g["rows"])) for g in groups)
+    except FileNotFoundError:
         return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{file} is no table of this command: move it away, or name another folder.")
+    return {row["id"]: (group["settings"], row) for group in groups for row in group["rows"]}
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    columns = [row[name] for name, _, _ in COLUMNS]
+    return (
+        isinstance(row["id"], str)
+        and isinstance(row["method"], str)
+        and isinstance(row.get("randomized", {}), dict)
+        and all(isinstance(value, int | float | None) for value in columns)
+    )
 
 
 def _defined(value: float) -> float | None:
@@ -217,9 +276,9 @@ def _defined(value: float) -> float | None:
 
 
 def _judged(
-    model: nn.Module, images: Tensor, maps: Tensor, targets: list[int], truth: Truth | None
+    model: nn.Module, images: Tensor, maps: Tensor, targets: list[int], truth: Truth | None, steps: int
 ) -> dict[str, float | None]:
-    curves = insertion_deletion(model, images, maps, targets, steps=STEPS)
+    curves = insertion_deletion(model, images, maps, targets, steps=steps, show_progress=True)
     drop = confidence(model, images, {"map": maps}, targets, normalise=NORMALISE).average_drop("map")
     found: dict[str, float | None] = {
         "insertion": _defined(curves.insertion.mean),
@@ -254,8 +313,9 @@ def _randomized(
     None where all maps have become constant.
     """
     found = model_randomization(
-        model, lambda of: _Calls(method, options, of), images, targets, batch_size=batch_size
-    )
+        model, lambda of: _Calls(method, options, of), images, targets, similarity="spearman",
+        batch_size=batch_size, show_progress=True,
+    )  # fmt: skip
     values = found.values["spearman_abs"].nanmean(1)
     return dict(zip(found.steps, (_defined(round(v, 4)) for v in values.tolist()), strict=True))
 

@@ -45,24 +45,31 @@ class Explainer:
         if self.args is not None:
             image = torch.arange(numbers.start, numbers.stop)
             given["additional_forward_args"] = args_of_each_image(extra_args(self.args), image, self.count)
-        found = getattr(method, "attribute", method)(images.clone(), **given)
-        found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
-        if not isinstance(found, Tensor) or not found.is_floating_point():
-            raise TypeError(
-                f"The method must return a tensor of floats, but it returned {type(found).__name__}."
-            )
-        if found.dim() == 3:
-            found = found[:, None]
-        if found.dim() != 4 or len(found) != len(images):
-            raise ValueError(
-                f"The method must return maps (N, C, H, W) or (N, H, W) of {len(images)} images, but its result has "
-                f"the shape {tuple(found.shape)}."
-            )
-        maps = found.detach().double()
+        maps = explained(method, images, given).double()
         if tuple(maps.shape[2:]) != self.size:
             self.record = {"resize": "bilinear", "map_size": list(maps.shape[2:])}
             maps = F.interpolate(maps, self.size, mode="bilinear", align_corners=False)
         return maps.sum(1), maps.abs().sum(1)
+
+
+def explained(method: Any, images: Tensor, given: dict[str, Any]) -> Tensor:
+    """A method's maps (N, C, H, W), detached; it gets a copy of the images, which it may write on.
+
+    Raises TypeError and ValueError for a result that is none.
+    """
+    found = getattr(method, "attribute", method)(images.clone(), **given)
+    found = found[0] if isinstance(found, tuple) and len(found) == 1 else found
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"The method must return a tensor of floats, but it returned {kind}.")
+    if found.dim() == 3:
+        found = found[:, None]
+    if found.dim() != 4 or len(found) != len(images):
+        raise ValueError(
+            f"The method must return maps (N, C, H, W) or (N, H, W) of {len(images)} images, but its result has "
+            f"the shape {tuple(found.shape)}."
+        )
+    return found.detach()
 
 
 def check_method(name: str, method: Any) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attr._gradient import check_at_once, check_module
-from ..checks import check_images, check_int
-from ._explain import examples, name_of, recorded, recorded_target
+from ..checks import check_images, check_int, check_tensor
+from ._explain import examples, explained, name_of, recorded, recorded_target
 from ._result import Metric
 
 # What Quantus adds to the keyword arguments of every explanation, and no method of ours takes.
@@ -40,7 +40,8 @@ def explain_func(
         images are given to the method in the dtype and on the device of the model's parameters. Its ``kwargs`` (what
         stands in ``explain_func_kwargs``) go to ``attribute`` too, without ``device``, ``method`` and ``softmax``.
 
-    Raises TypeError for what is not callable.
+    Raises TypeError for what is not callable. The function raises AssertionError for targets that are no ints,
+    ValueError for another number of them, and TypeError or ValueError if the method does not return maps of floats.
     """
     if not callable(method):
         raise TypeError(
@@ -52,22 +53,16 @@ def explain_func(
         check_module(model)
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         images = torch.as_tensor(inputs).detach().to(like.device, like.dtype)
-        classes = None if targets is None else torch.as_tensor(targets).flatten().tolist()
-        if classes is not None and len(classes) != len(images):
-            raise ValueError(
-                f"targets must name a class for each of {len(images)} images, but it has {len(classes)}."
-            )
-        explained = method(model)
+        classes = None if targets is None else _classes("targets", targets, len(images)).tolist()
+        of_model = method(model)
         given = {**options, **{name: value for name, value in kwargs.items() if name not in OF_QUANTUS}}
         at_once = examples([images], batch_size)
         parts = []
         # An empty batch goes through too: it is the method that knows the maps' shape.
         for start in range(0, max(1, len(images)), at_once):
-            target = None if classes is None else [int(c) for c in classes[start : start + at_once]]
-            found = getattr(explained, "attribute", explained)(
-                images[start : start + at_once], target=target, **given
-            )
-            parts.append(found.detach().to(torch.promote_types(found.dtype, torch.float32)).cpu())
+            target = None if classes is None else classes[start : start + at_once]
+            found = explained(of_model, images[start : start + at_once], {"target": target, **given})
+            parts.append(found.to(torch.promote_types(found.dtype, torch.float32)).cpu())
         return torch.cat(parts).numpy()
 
     return explain
@@ -104,17 +99,17 @@ def quantus_metric(
     Returns:
         A :class:`Metric` named as the metric's class.
 
-    Raises ValueError if the metric gives no number for each image, and whatever it raises itself.
+    Raises AssertionError for a target that is neither an int nor ints, TypeError or ValueError for other arguments that
+    make no sense and if the metric gives no number for each image, and whatever it raises itself.
     """
     check_module(model)
     check_images("images", images)
     check_int("seed", seed, 0, 2**32 - 1)
-    classes = torch.as_tensor(target).flatten()
-    classes = classes.expand(len(images)) if classes.numel() == 1 else classes
-    if len(classes) != len(images):
-        raise ValueError(
-            f"target must name a class for each of {len(images)} images, but it has {len(classes)}."
-        )
+    if isinstance(metric, type) or not callable(metric):
+        raise TypeError(f"metric must be an object that can be called, but it is {metric!r}.")
+    if maps is None and method is None and "explain_func" not in kwargs:
+        raise ValueError("maps=None needs method, by which the metric explains itself.")
+    classes = _classes("target", target, len(images), one_for_all=True)
     given: dict[str, Any] = {
         "a_batch": None,
         "s_batch": None,
@@ -122,10 +117,9 @@ def quantus_metric(
         "device": str(images.device),
     }
     if maps is not None:
-        wide = maps[:, None] if maps.dim() == 3 else maps
-        given["a_batch"] = _array(wide)
+        given["a_batch"] = _with_channels("maps", maps, len(images))
     if masks is not None:
-        given["s_batch"] = _array(masks[:, None] if masks.dim() == 3 else masks)
+        given["s_batch"] = _with_channels("masks", masks, len(images))
     if method is not None:
         given["explain_func"] = explain_func(method)
     given.update(kwargs)
@@ -154,6 +148,33 @@ def quantus_metric(
         "method": None if method is None else name_of(method),
     }
     return Metric(type(metric).__name__, values, settings)
+
+
+def _classes(name: str, target: Any, count: int, one_for_all: bool = False) -> Tensor:
+    """A class of each image, (N,) int64; AssertionError, as of the methods, for what names none."""
+    try:
+        classes = torch.as_tensor(target).flatten()
+        whole = not classes.numel() or not (
+            classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool
+        )
+    except (TypeError, ValueError, RuntimeError):
+        whole = False
+    assert whole, f"{name} must be an int or ints, but it is {target!r:.200}."
+    if one_for_all and classes.numel() == 1:
+        classes = classes.expand(count)
+    if len(classes) != count:
+        raise ValueError(f"{name} must name a class for each of {count} images, but it has {len(classes)}.")
+    return classes.long()
+
+
+def _with_channels(name: str, tensor: Tensor, count: int) -> np.ndarray:
+    check_tensor(name, tensor)
+    if tensor.dim() not in (3, 4) or len(tensor) != count:
+        raise ValueError(
+            f"{name} must have the shape (N, H, W) or (N, C, H, W) with {count} images, but it has the shape "
+            f"{tuple(tensor.shape)}."
+        )
+    return _array(tensor[:, None] if tensor.dim() == 3 else tensor)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
