@@ -77,8 +77,13 @@ def described(names: Sequence[str], top: float) -> dict[str, Any]:
 
 
 def similar(name: str, a: Tensor, b: Tensor, valid: Tensor, top: float) -> Tensor:
-    """(N,) float64 on the CPU: a similarity of maps (N, H, W) over the pixels ``valid`` (H, W), bool."""
-    return SIMILARITIES[name](a.double(), b.double(), valid, top).cpu()
+    """(N,) float64 on the CPU: a similarity of maps (N, H, W) over the pixels ``valid`` (H, W), bool.
+
+    NaN where one of both maps is NaN or infinite in such a pixel.
+    """
+    a, b = a.double(), b.double()
+    defined = (a.isfinite() & b.isfinite() | ~valid).flatten(1).all(1)
+    return torch.where(defined, SIMILARITIES[name](a, b, valid, top), math.nan).cpu()
 
 
 def spearman(a: Tensor, b: Tensor, valid: Tensor, top: float = 0.0) -> Tensor:
