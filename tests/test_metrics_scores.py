@@ -247,6 +247,16 @@ def test_arguments_that_do_not_fit() -> None:
     assert one_score.values.tolist() == pytest.approx([50.0, 25.0])
 
 
+@pytest.mark.parametrize("normalise", ["max", "minmax"])
+@pytest.mark.parametrize("scale", [3.4e38, 1e-38])
+def test_the_scale_of_maps_does_not_matter(normalise: str, scale: float) -> None:
+    maps = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    model, x = built(Plain), images(3)
+    expected = metrics.confidence(model, x, {"m": maps}, 1, normalise=normalise).masked["m"]
+    found = metrics.confidence(model, x, {"m": maps * scale}, 1, normalise=normalise).masked["m"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_behind(fails: bool) -> None:
     model, x = built(Plain), images()

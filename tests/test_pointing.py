@@ -250,3 +250,14 @@ def test_arguments() -> None:
     assert metrics.pointing_game(peak(1, 1)[:, None].bfloat16(), where[:, None]).values.tolist() == [1.0]
     nothing = metrics.pointing_game(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4, dtype=torch.bool))
     assert nothing.values.shape == (0,) and math.isnan(nothing.mean)
+
+
+def test_large_numbers_do_not_overflow() -> None:
+    maps = torch.rand(2, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    box = [[1, 1, 4, 5], [0, 0, 2, 2]]
+    expected = metrics.energy_pointing_game(maps, box).values
+    torch.testing.assert_close(metrics.energy_pointing_game(maps * 1.7e308, box).values, expected)
+    a = torch.tensor([[0.0, 0, 2, 2], [-1, -1, 1, 1], [0, 0, 1, 1]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 1, 3, 3], [0, 0, 1, 1], [2, 2, 3, 3]], dtype=torch.float64)
+    for scale in (1.0, 1e160, 5e307):
+        assert metrics.box_iou(a * scale, b * scale).tolist() == pytest.approx([1 / 7, 1 / 4, 0.0])

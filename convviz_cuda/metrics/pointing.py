@@ -114,7 +114,7 @@ def energy_pointing_game(maps: Tensor, truth: Truth) -> Metric:
     Raises ValueError for an object without a pixel inside the image, TypeError or ValueError for what does not fit.
     """
     maps, masks = _maps_and_masks(maps, truth)
-    energy = maps.double().clamp(min=0)
+    energy = normalised(maps.double(), "max")  # or the sum may overflow
     values = (energy * masks).sum((1, 2)) / energy.sum((1, 2))  # 0 / 0 is NaN
     return Metric("energy_pointing_game", values.cpu(), {"energy": "positive part"})
 
@@ -163,6 +163,9 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(
             f"The boxes must broadcast, but their shapes are {tuple(a.shape)} and {tuple(b.shape)}."
         ) from None
+    # Areas of such boxes would overflow; a power of two rounds nothing.
+    large = torch.maximum(a.abs(), b.abs()).amax(-1, keepdim=True) > 2.0**500
+    a, b = (torch.where(large, one * 2.0**-600, one) for one in (a, b))
     shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
     overlap, areas = shared.prod(-1), [(one[..., 2:] - one[..., :2]).prod(-1) for one in (a, b)]
     union = areas[0] + areas[1] - overlap
