@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attr._inputs import Target
 from ..attr._masked import memory_format
 from ..attr._masked_images import MaskedImages
-from ..checks import DTYPES, check_int
+from ..checks import DTYPES, check_callable, check_int
 from ..fills import BLUR_KERNEL, BLUR_SIGMA, Fill, fill_values
 from ..mask_ops import philox, replace_ranked_
 from ..results import new_figure
@@ -244,8 +244,7 @@ def curve_scores(
 
 
 def check_model_and_images(forward_func: Any, images: Any) -> Tensor:
-    if not callable(forward_func):
-        raise TypeError(f"model must be callable, but it is {forward_func!r}.")
+    check_callable("model", forward_func)
     if not isinstance(images, Tensor) or images.dtype not in DTYPES:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images must be a float64, float32, bfloat16 or float16 tensor, but it is {kind}.")

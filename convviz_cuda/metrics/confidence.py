@@ -136,8 +136,10 @@ def confidence(
     images = check_model_and_images(model, images)
     settings = _settings(preset, score=score, normalise=normalise, resize=resize)
     check_evaluation(score, batch_size, None)
-    if not isinstance(maps, Mapping) or not maps:
+    if not isinstance(maps, Mapping):
         raise TypeError(f"maps must be a dict from methods' names to maps, but it is {type(maps).__name__}.")
+    if not maps:
+        raise ValueError("maps must hold the maps of at least one method, but it is empty.")
     count, size = len(images), tuple(images.shape[2:])
     masks = {name: check_maps(one, size, count, resize) for name, one in maps.items()}
     args, each = extra_args(additional_forward_args), of_each_image(target, count)

@@ -23,6 +23,7 @@ from ..checks import check_images, check_int
 from ..progress import Progress
 from ._evaluated import evaluated
 from ._explain import Explainer, examples, name_of, predicted, recorded, recorded_target
+from ._result import check_finite
 from ._similarity import DEFAULT, Similarities, check_similarities, described, similar
 
 MODES = ("cascading", "independent")
@@ -81,6 +82,7 @@ def model_randomization(
     """
     check_module(model)
     check_images("images", images)
+    check_finite("images", images)
     if not callable(method):
         raise TypeError(
             f"method must make a method of a model, a class of attribution methods for instance, but it is {method!r}."
