@@ -38,6 +38,17 @@ def check_int(name: str, value: Any, least: int, most: int | None = None) -> int
     return int(value)
 
 
+def check_callable(name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, but it is {value!r}.")
+
+
+def check_real(name: str, value: Any) -> None:
+    """TypeError for what is no number; whether it is in a range is for the caller to say."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, but it is {value!r}.")
+
+
 def rule_code(rule: str) -> int:
     """The code of a rule in the ops' schemas; ValueError for an unknown name."""
     try:

@@ -61,6 +61,7 @@ def fill_values(images: Tensor, fill: Fill, seed: int = 0, first: int = 0) -> Te
                 channels,
                 height,
                 width,
+                dtype=torch.float32,  # the default dtype would draw other numbers
                 generator=torch.Generator().manual_seed(seed * 1_000_003 + first + item),
             )
             for item in range(count)
@@ -70,7 +71,10 @@ def fill_values(images: Tensor, fill: Fill, seed: int = 0, first: int = 0) -> Te
         raise TypeError(
             f"fill must be a number, one number a channel, a name or a tensor, but it is a {type(fill).__name__}."
         )
-    value = torch.as_tensor(fill, dtype=torch.float64)
+    try:
+        value = torch.as_tensor(fill, dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"fill must be one number or one number a channel, but it is {fill!r}.") from None
     if value.dim() > 1 or (value.dim() == 1 and len(value) not in (1, channels)):
         raise ValueError(f"fill must be one number or {channels} (one a channel), but it is {fill!r}.")
     return value.to(images.dtype).to(images.device).view(1, -1, 1, 1)

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checks import check_int, integer
+from .checks import check_int, check_real
 from .metrics._result import check_maps
 from .progress import Progress
 from .results import Result, picture
@@ -70,12 +70,11 @@ class GraphCut:
             value = getattr(self, name)
             if name == "sigma" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{name} must be a number, but it is {value!r}.")
-            if not (
-                math.isfinite(value) and (value > 0 or value == 0 and name in ("background", "smoothness"))
-            ):
-                raise ValueError(f"{name} must be finite and positive, but it is {value!r}.")
+            check_real(name, value)
+            zero = name in ("foreground", "background", "smoothness")
+            if not (math.isfinite(value) and (value > 0 or value == 0 and zero)):
+                least = "at least 0" if zero else "positive"
+                raise ValueError(f"{name} must be finite and {least}, but it is {value!r}.")
             object.__setattr__(self, name, float(value))
         if not self.background <= self.foreground < 1:
             raise ValueError(
@@ -86,7 +85,7 @@ class GraphCut:
             value = getattr(self, name)
             if name == "samples" and value is None:
                 continue
-            object.__setattr__(self, name, integer(name, value, least))
+            object.__setattr__(self, name, check_int(name, value, least))
         object.__setattr__(self, "seed", check_int("seed", self.seed, 0, 2**32 - 1))  # scikit-learn's range
         if self.seeds not in ("soft", "hard"):
             raise ValueError(f"seeds must be 'soft' or 'hard', but it is {self.seeds!r}.")
@@ -156,7 +155,7 @@ def localize(
     brings SciPy).
     """
     share, cut = _rule(rule)
-    workers = integer("workers", workers, 1)
+    workers = check_int("workers", workers, 1)
     if images is not None:
         _check_images(images)
         size = tuple(images.shape[2:])

@@ -647,6 +647,11 @@ REFUSED = [
     (insertion_deletion, {"pixels_per_step": 0}, ValueError, "pixels_per_step must be an int of at least 1"),
     (insertion_deletion, {"deletion_fill": "black"}, ValueError, "but it is 'black'."),
     (insertion_deletion, {"insertion_fill": torch.ones(2, 1, 1)}, ValueError, "fill must broadcast to the images'"),
+    *(
+        (insertion_deletion, {"mode": "deletion", "deletion_fill": fill}, ValueError, "fill must be finite, but some ")
+        for fill in (float("nan"), float("inf"), 1e300, [0.0, 0.0, -1e39], torch.tensor([float("nan")]))
+    ),
+    (insertion_deletion, {"deletion_fill": ["a", "b", "c"]}, TypeError, "but it is ['a', 'b', 'c']."),
     (perturbation_curve, {"order": "both ways"}, ValueError, "order must be 'both', 'morf' or 'lerf'"),
     (perturbation_curve, {"region": 0}, ValueError, "region must be at least 1, but it is 0."),
     (perturbation_curve, {"region": 4, "steps": 5}, ValueError, "steps must be at most the 4 regions of 4 x 4 pixels"),
@@ -656,6 +661,7 @@ REFUSED = [
     (perturbation_curve, {"fill": 0.0, "noise_range": (0, 1)}, ValueError, "noise_range is of fill='uniform'"),
     (perturbation_curve, {"noise_range": (0, 1, 2)}, ValueError, "noise_range must be a low and a high end"),
     (perturbation_curve, {"noise_range": (1, 0)}, ValueError, "noise_range must go from a finite low end to a high"),
+    (perturbation_curve, {"noise_range": (0, 1e300)}, ValueError, "from a finite low end"),
     (perturbation_curve, {"noise_range": ([0, 0], 1)}, ValueError, "each one number or 3 (one a channel)"),
     (perturbation_curve, {"preset": "samek2017", "region": 8}, ValueError, "has region=9, but region is 8."),
 ]  # fmt: skip
@@ -822,3 +828,39 @@ def test_functions_without_a_score_for_each_image():
         insertion_deletion(lambda x: x.sum().reshape(1).expand(3), X, MAPS, 0)
     with pytest.raises(ValueError, match="several classes"):
         insertion_deletion(lambda x: x.sum((1, 2, 3))[:, None], X, MAPS)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_a_target_out_of_range_is_found_at_once(run):
+    forwards = []
+
+    def model(x: Tensor) -> Tensor:
+        forwards.append(len(x))
+        return Net()(x)
+
+    x, maps = drawn(4, 3, 8, 8), drawn(4, 8, 8)
+    with pytest.raises(IndexError, match="Target 9 is out of range"):
+        run(model, x, maps, target=[0, 1, 2, 9], batch_size=1)
+    assert forwards == [1]
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("target", [None, 0])
+def test_a_model_without_classes(run, target):
+    with pytest.raises(ValueError, match=r"output .*\(1, 0\)"):
+        run(lambda v: v.new_zeros(len(v), 0), X, MAPS, target=target, batch_size=1, score="output")
+
+
+def test_noise_does_not_depend_on_the_default_dtype():
+    x, expected = (
+        drawn(2, 3, 8, 8),
+        torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(3 * 1_000_003)),
+    )
+    usual = fill_values(x, "noise", 3)
+    spread = x[0].std((1, 2), correction=0, keepdim=True)
+    torch.testing.assert_close(usual[0], x[0].mean((1, 2), keepdim=True) + spread * expected[0])
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(fill_values(x, "noise", 3), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)

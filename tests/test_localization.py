@@ -573,8 +573,16 @@ MAPS, IMAGES = torch.rand(2, 5, 6), torch.rand(2, 3, 5, 6)
         ((MAPS, "graphcut", IMAGES.numpy()), TypeError, "ndarray"),
         ((MAPS, "cam20", None, "bilinear"), ValueError, "images is None"),
         ((MAPS, "cam20", IMAGES, "cubic"), ValueError, "'cubic'"),
-        ((MAPS, "graphcut", IMAGES, None, 0), ValueError, "workers must be at least 1, but it is 0"),
-        ((MAPS, "graphcut", IMAGES, None, 2.0), TypeError, "workers must be an int, but it is 2.0"),
+        (
+            (MAPS, "graphcut", IMAGES, None, 0),
+            ValueError,
+            "workers must be an int of at least 1, but it is 0",
+        ),
+        (
+            (MAPS, "graphcut", IMAGES, None, 2.0),
+            ValueError,
+            "workers must be an int of at least 1, but it is 2.0",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments, error, message):
@@ -588,12 +596,13 @@ def test_what_makes_no_sense_is_refused(arguments, error, message):
     [
         ({"foreground": 1.0}, ValueError, "foreground 1.0"),
         ({"foreground": 0.2}, ValueError, "background is 0.3 and foreground 0.2"),
-        ({"background": -0.1}, ValueError, "background must be finite and positive, but it is -0.1"),
+        ({"background": -0.1}, ValueError, "background must be finite and at least 0, but it is -0.1"),
+        ({"foreground": 0.0}, ValueError, "background is 0.3 and foreground 0.0"),
         ({"foreground": "0.9"}, TypeError, "foreground must be a number"),
-        ({"components": 0}, ValueError, "components must be at least 1"),
-        ({"components": 2.5}, TypeError, "components must be an int"),
-        ({"covariance": 0.0}, ValueError, "covariance"),
-        ({"samples": 1}, ValueError, "samples must be at least 2"),
+        ({"components": 0}, ValueError, "components must be an int of at least 1"),
+        ({"components": 2.5}, ValueError, "components must be an int"),
+        ({"covariance": 0.0}, ValueError, "covariance must be finite and positive, but it is 0.0"),
+        ({"samples": 1}, ValueError, "samples must be an int of at least 2"),
         ({"smoothness": math.inf}, ValueError, "smoothness"),
         ({"sigma": 0}, ValueError, "sigma"),
         ({"seeds": "firm"}, ValueError, "'soft' or 'hard', but it is 'firm'"),
@@ -605,6 +614,7 @@ def test_what_makes_no_sense_is_refused(arguments, error, message):
 def test_settings_of_the_cut_that_make_no_sense_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         GraphCut(**options)
+    assert GraphCut(foreground=0.0, background=0.0).foreground == 0.0
 
 
 def test_a_missing_library_is_named(monkeypatch):

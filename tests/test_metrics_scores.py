@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from convviz_cuda import metrics
 from convviz_cuda.metrics import average_drop
+from convviz_cuda.metrics._result import RESIZES
 
 confidence_module = sys.modules[average_drop.__module__]
 
@@ -213,6 +214,14 @@ def test_what_is_recorded() -> None:
         ),
         (ValueError, "preset 'gradcampp2018' has score", {"preset": "gradcampp2018", "score": "output"}),
         (ValueError, "preset must be", {"preset": "rise2018"}),
+        (ValueError, "preset must be", {"preset": []}),
+        (TypeError, "maps must be a dense tensor", {"maps": torch.ones(2, 4, 4).to_sparse()}),
+        (TypeError, "but it is torch.float8_e5m2", {"maps": torch.ones(2, 4, 4).to(torch.float8_e5m2)}),
+        (TypeError, "images must be a dense tensor", {"images": torch.ones(2, 1, 4, 4).to_sparse()}),
+        *(
+            (ValueError, "at least one pixel", {"maps": torch.ones(2, 0, 4), "resize": how})
+            for how in RESIZES[1:]
+        ),
         (ValueError, "score must be", {"score": "logits"}),
         (ValueError, "normalise must be", {"normalise": "l2"}),
         (ValueError, "batch_size must be", {"batch_size": 0}),
@@ -227,7 +236,7 @@ def test_settings_that_make_no_sense(error, message, options) -> None:
         raise RuntimeError("nothing may be computed before the arguments are checked")
 
     with pytest.raises(error, match=message):
-        metrics.average_drop(untouched, x, maps, **options)
+        metrics.average_drop(untouched, **{"images": x, "maps": maps, **options})
 
 
 def test_arguments_that_do_not_fit() -> None:
@@ -238,6 +247,8 @@ def test_arguments_that_do_not_fit() -> None:
         metrics.average_drop(Mean(), x, maps / 0)
     with pytest.raises(TypeError, match="dict"):
         metrics.confidence(Mean(), x, maps)
+    with pytest.raises(ValueError, match="maps of at least one method, but it is empty"):
+        metrics.confidence(Mean(), x, {})
     with pytest.raises(IndexError):
         metrics.average_drop(Mean(), x, maps, 2)
     with pytest.raises(ValueError, match="softmax"):
@@ -245,6 +256,16 @@ def test_arguments_that_do_not_fit() -> None:
     assert metrics.average_drop(Mean(), x[:0], maps[:0]).values.shape == (0,)
     one_score = metrics.average_drop(lambda v: v.mean((1, 2, 3)), x, maps, score="output")
     assert one_score.values.tolist() == pytest.approx([50.0, 25.0])
+
+
+@pytest.mark.parametrize("normalise", ["max", "minmax"])
+@pytest.mark.parametrize("scale", [3.4e38, 1e-38])
+def test_the_scale_of_maps_does_not_matter(normalise: str, scale: float) -> None:
+    maps = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    model, x = built(Plain), images(3)
+    expected = metrics.confidence(model, x, {"m": maps}, 1, normalise=normalise).masked["m"]
+    found = metrics.confidence(model, x, {"m": maps * scale}, 1, normalise=normalise).masked["m"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("fails", [False, True])

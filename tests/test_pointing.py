@@ -237,6 +237,53 @@ def test_localization_accuracy_of_maps() -> None:
     assert metrics.localization_accuracy(found, truth).values.tolist() == [1.0, 1.0, 0.0]
 
 
+GAMES = [metrics.pointing_game, metrics.energy_pointing_game, metrics.loc_delta]
+ACCURACY = [lambda _, truth: metrics.localization_accuracy(torch.zeros(1, 4), truth)]
+
+
+@pytest.mark.parametrize(
+    ("call", "truth", "options", "error", "message"),
+    [
+        *(
+            (
+                call,
+                truth,
+                {},
+                TypeError,
+                "truth must be a tensor or a list of boxes, or bool masks, but it is",
+            )
+            for call in (*GAMES, *ACCURACY)
+            for truth in (None, 3, "x", torch.tensor(3.0))
+        ),
+        *(
+            (call, torch.ones(1, 2, 4), {}, TypeError, r"a list of boxes \(K, 4\), but it is")
+            for call in GAMES
+        ),
+        *(
+            (GAMES[0], [[0, 0, 2, 2]], {"labels": labels}, TypeError, message)
+            for labels, message in (
+                (5, "labels must be a list or a tensor of classes, but it is 5."),
+                ("a", "labels must be a list or a tensor of classes, but it is 'a'."),
+                ([[0]], r"labels must be ints or names, but one is \[0\]."),
+                ([math.nan], "labels must be ints or names, but one is nan."),
+            )
+        ),
+        (GAMES[0], [[0, 0, 2, 2]], {"preset": []}, ValueError, "preset must be None or one of"),
+        (
+            GAMES[0],
+            [[0, 0, 2, 2]],
+            {"tolerance": "15"},
+            TypeError,
+            "tolerance must be a number, but it is '15'.",
+        ),
+        (GAMES[2], [[0, 0, 2, 2]], {"delta": None}, TypeError, "delta must be a number, but it is None."),
+    ],
+)
+def test_arguments_that_make_no_sense(call, truth, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call(peak(1, 1), truth, **options)
+
+
 def test_arguments() -> None:
     where = mask((1, 1))
     with pytest.raises(ValueError, match="tolerance"):
@@ -250,3 +297,14 @@ def test_arguments() -> None:
     assert metrics.pointing_game(peak(1, 1)[:, None].bfloat16(), where[:, None]).values.tolist() == [1.0]
     nothing = metrics.pointing_game(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4, dtype=torch.bool))
     assert nothing.values.shape == (0,) and math.isnan(nothing.mean)
+
+
+def test_large_numbers_do_not_overflow() -> None:
+    maps = torch.rand(2, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    box = [[1, 1, 4, 5], [0, 0, 2, 2]]
+    expected = metrics.energy_pointing_game(maps, box).values
+    torch.testing.assert_close(metrics.energy_pointing_game(maps * 1.7e308, box).values, expected)
+    a = torch.tensor([[0.0, 0, 2, 2], [-1, -1, 1, 1], [0, 0, 1, 1]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 1, 3, 3], [0, 0, 1, 1], [2, 2, 3, 3]], dtype=torch.float64)
+    for scale in (1.0, 1e160, 5e307):
+        assert metrics.box_iou(a * scale, b * scale).tolist() == pytest.approx([1 / 7, 1 / 4, 0.0])

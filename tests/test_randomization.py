@@ -12,6 +12,7 @@ import torch
 from attribution_cases import Plain, Reused, built, images, state
 from scipy import stats
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from convviz_cuda import attr, metrics
 from convviz_cuda.models import preprocess, zfnet_mini
@@ -230,6 +231,9 @@ def test_what_the_paper_found_on_zfnet_mini() -> None:
         (ValueError, "seed must", {"seed": 1.5}),
         (ValueError, "layers must", {"layers": []}),
         (ValueError, "layers must", {"layers": "fc"}),
+        (ValueError, "layers must be a list of at least one layer, but it is 5.", {"layers": 5}),
+        (ValueError, "similarity must", {"similarity": None}),
+        (ValueError, "images must be finite", {"images": torch.full((1, 3, 12, 12), math.nan)}),
         (ValueError, "parameters of their own", {"layers": ["unused"]}),
         (ValueError, "The model's layers", {"layers": ["conv9"]}),
         (ValueError, "similarity must", {"similarity": "mse"}),
@@ -278,3 +282,83 @@ def test_several_threads() -> None:
             thread.join()
     assert found == [True] * 4
     assert torch.equal(drawn, numbers)
+
+
+def normed(parametrization, **options) -> nn.Module:
+    """A classifier of 2 * 12 * 12 numbers whose only layer is parametrized."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.Linear(288, 4, **options)
+        return nn.Sequential(nn.Flatten(), parametrization(layer)).double().eval()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "parametrization",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+    ],
+)
+def test_parametrized_layers_lose_their_weights(parametrization, bias: bool, grad: bool) -> None:
+    model = normed(parametrization, bias=bias)
+    before, x = copy.deepcopy(model.state_dict()), torch.rand(2, 2, 12, 12, dtype=F64)
+    for parameter in model.parameters():
+        parameter.requires_grad_(grad)
+    learned, seen = model[1].weight.detach().clone(), []
+
+    def method(of: nn.Module):
+        seen.append(of[1].weight.detach().clone())
+        torch.testing.assert_close(of(x), x.flatten(1) @ seen[-1].T + (of[1].bias if bias else 0))
+        return lambda v, target: of[1].weight[target].view(-1, 2, 12, 12)
+
+    with torch.no_grad():
+        found = metrics.model_randomization(model, method, x, [0, 1], layers=[model[1]] if bias else None)
+    assert found.steps == ["1"]
+    torch.testing.assert_close(seen[0], learned)  # what the parametrization gave
+    assert found.values["spearman"].abs().max() < 0.3
+    plain = metrics.model_randomization(normed(lambda v: v, bias=bias), method, x, [0, 1])
+    assert plain.steps == ["1"]  # and its numbers are the same, in another layout of orthogonal()
+    assert torch.equal(*(weight.flatten().sort().values for weight in seen[1::2]))
+    assert not changed(before, model.state_dict()) and nn.utils.parametrize.is_parametrized(model[1])
+
+
+def test_weights_that_hooks_compute_are_refused() -> None:
+    model = normed(lambda layer: prune.identity(layer, "weight"))
+    with torch.no_grad():
+        model[1].weight = model[1].weight.detach()
+    x = torch.rand(2, 2, 12, 12, dtype=F64)
+    with pytest.raises(ValueError, match="weight of layer '1' is computed from bias, weight_orig by a hook"):
+        metrics.model_randomization(model, attr.Saliency, x, 0)
+    prune.remove(model[1], "weight")
+    assert metrics.model_randomization(model, attr.Saliency, x, 0).values["spearman"].abs().max() < 0.3
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    model, x = built(Plain), images(2)
+    model.register_forward_hook(lambda module, _, out: setattr(module, "last", out))
+    model(x)
+    with pytest.raises(
+        ValueError, match="The model must bear copy.deepcopy, but it gave: Only Tensors created"
+    ):
+        metrics.model_randomization(model, attr.Saliency, x, 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_maps_that_are_not_finite_are_like_nothing(bad: float) -> None:
+    x = images(3)
+
+    def broken(v: Tensor, target: object = None) -> Tensor:
+        found = v.sum(1)
+        found[(v == x[1]).flatten(1).all(1), 3, 4] = bad
+        return found
+
+    found = metrics.model_randomization(built(Plain), lambda _: broken, x, 0, layers=["fc"])
+    assert set(found.values) == {n + k for n in ("spearman", "ssim", "topk_iou") for k in ("", "_abs")}
+    for values in found.values.values():
+        assert values.isnan().tolist() == [[False, True, False]]
+        assert values[0, ::2].tolist() == pytest.approx([1.0, 1.0])
+    moved = metrics.equivariance(lambda v: v.sum(1) * bad, x, "noise", [0.0])
+    assert all(values.isnan().all() for values in moved.values.values())

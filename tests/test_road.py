@@ -244,9 +244,15 @@ X, MAPS = torch.ones(2, 3, 8, 8), torch.ones(2, 8, 8)
             "fractions must be one or more numbers above 0 and below 1, but it is [].",
         ),
         ({"fractions": [0.5, 1]}, ValueError, "but it is [0.5, 1]."),
-        ({"fractions": 3}, TypeError, "fractions must be numbers, but it is 3."),
-        ({"noise": -1}, ValueError, "noise must be a number of at least 0, but it is -1."),
-        ({"noise": "no"}, ValueError, "but it is 'no'."),
+        *(
+            ({"fractions": wrong}, TypeError, f"fractions must be a list of numbers, but it is {wrong!r}.")
+            for wrong in (3, "0.5", {0.5: 1}, None)
+        ),
+        ({"fractions": ["0.5"]}, TypeError, "each of fractions must be a number, but it is '0.5'."),
+        ({"noise": -1}, ValueError, "noise must be at least 0 and finite, but it is -1."),
+        ({"noise": float("nan")}, ValueError, "noise must be at least 0 and finite, but it is nan."),
+        ({"noise": "no"}, TypeError, "noise must be a number, but it is 'no'."),
+        ({"noise": True}, TypeError, "noise must be a number, but it is True."),
         ({"seed": 1.5}, ValueError, "seed must be an int of at least 0"),
         ({"maps": MAPS[:, :4]}, ValueError, "maps must have the images' size (8, 8)"),
         ({"target": [1]}, AssertionError, "1 targets for 2 images."),

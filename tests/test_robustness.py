@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from convviz_cuda import attr, metrics
 from convviz_cuda.attr._masked import INPUT_BYTES
 from convviz_cuda.metrics import _similarity as alike
+from convviz_cuda.metrics.robustness import default_perturb_func
 
 ABOUT = torch.randn(3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 F64 = torch.float64
@@ -453,6 +454,95 @@ def test_arguments_that_do_not_fit() -> None:
         metrics.infidelity(model, both, x, x, target=77)
 
 
+def untouched(*_: object, **__: object) -> Tensor:
+    raise RuntimeError("nothing may be computed before the arguments are checked")
+
+
+def same(v: Tensor) -> Tensor:
+    return v
+
+
+SOME = images()
+MAX, INFIDELITY_OF = metrics.sensitivity_max, metrics.infidelity
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call", "arguments"),
+    [
+        (TypeError, "explanation_func must be callable, but it is None", MAX, (None, SOME)),
+        (TypeError, "perturb_func must be callable, but it is None", MAX, (untouched, SOME, None)),
+        (
+            TypeError,
+            "forward_func must be callable, but it is 'net'",
+            INFIDELITY_OF,
+            ("net", both, SOME, SOME),
+        ),
+        (
+            TypeError,
+            "perturb_func must be callable, but it is None",
+            INFIDELITY_OF,
+            (untouched, None, SOME, SOME),
+        ),
+        *(
+            (
+                TypeError,
+                "perturb_radius must be a number",
+                MAX,
+                (untouched, SOME, default_perturb_func, radius),
+            )
+            for radius in (True, "x", None)
+        ),
+        (AssertionError, "one is the number 1.0", MAX, (untouched, torch.tensor(1.0))),
+        (AssertionError, "one is the number 1.0", INFIDELITY_OF, (untouched, both, *[torch.tensor(1.0)] * 2)),
+        *(
+            (ValueError, "inputs must be finite", call, (untouched, *more))
+            for bad in (math.nan, math.inf)
+            for call, more in ((MAX, [SOME * bad]), (INFIDELITY_OF, [both, SOME * bad, SOME]))
+        ),
+        (TypeError, "inputs must be a dense tensor", MAX, (untouched, SOME.to_sparse())),
+        *(
+            (
+                AssertionError,
+                "explanation_func must give tensors with a row for each of 3 examples",
+                MAX,
+                (f, SOME),
+            )
+            for f in (lambda v: v[:2], lambda v: v.sum(), lambda v: None, lambda v: (), lambda v: (v, 3))
+        ),
+        *(
+            (AssertionError, "perturb_func must give tensors with a row for each of 30", MAX, (same, SOME, f))
+            for f in (lambda v: v[:2], lambda v: v.sum(), lambda v: None)
+        ),
+        *(
+            (AssertionError, message, INFIDELITY_OF, (lambda v: v.sum((1, 2, 3)), f, SOME, SOME))
+            for message, f in (
+                ("must give perturbations and perturbed inputs, but it gave NoneType", lambda v: None),
+                ("must give perturbations and perturbed inputs, but it gave int", lambda v: 1),
+                ("must give perturbations and perturbed inputs, but it gave tuple", lambda v: (v, v, v)),
+                ("row for each of 30 examples, but it gave the shape", lambda v: (v, v[:2])),
+                ("row for each of 30 examples, but it gave the shape", lambda v: (v[:2], v[:2])),
+                ("row for each of 30 examples, but it gave NoneType", lambda v: (None, v)),
+            )
+        ),
+    ],
+)
+def test_arguments_that_make_no_sense(error, message, call, arguments) -> None:
+    with pytest.raises(error, match=message):
+        call(*arguments)
+
+
+def test_targets_of_numpy_and_explanations_of_one_number() -> None:
+    model, x = built(Plain), images()
+    explain = attr.InputXGradient(model).attribute
+    for array, plain in ((np.array([2, 0, 1]), [2, 0, 1]), (np.array([2]), 2)):
+        assert torch.equal(MAX(explain, x, target=array), MAX(explain, x, target=plain))
+        found = [INFIDELITY_OF(model, both, x, x, target=each, return_metric=True) for each in (array, plain)]
+        assert torch.equal(found[0].values, found[1].values)
+        assert found[0].settings["targets"] == ([2, 2, 2] if plain == 2 else plain)
+    short = MAX(lambda v: v.sum((1, 2, 3)), x, wobble)
+    assert torch.equal(short, MAX(lambda v: v.sum((1, 2, 3))[:, None], x, wobble)) and short.min() > 0
+
+
 # ------------------------------------------------------------------------------------------- similarities
 
 
@@ -658,6 +748,18 @@ def test_a_method_may_change_its_images() -> None:
         (ValueError, "transform must", {"transform": "shear"}),
         (ValueError, "values must", {"values": []}),
         (ValueError, "values must", {"values": [math.nan]}),
+        *(
+            (TypeError, "values must be a list of numbers", {"values": wrong})
+            for wrong in (None, 3, "x", torch.tensor(3.0), iter([1.0]), {1.0: 2})
+        ),
+        (TypeError, "each of values must be a number, but it is 'a'", {"values": ["a"]}),
+        *((TypeError, "absolute must be True or False", {"absolute": wrong}) for wrong in ("x", 2, None)),
+        *((ValueError, "similarity must", {"similarity": wrong}) for wrong in (None, 5, [[]], ())),
+        *((TypeError, "top must be a number", {"top": wrong}) for wrong in ("x", True, None)),
+        *(
+            (ValueError, "images must be finite", {"images": images(3, 16) * bad})
+            for bad in (math.nan, math.inf)
+        ),
         (ValueError, "at least 0", {"transform": "noise", "values": [-1.0]}),
         (ValueError, "similarity must", {"similarity": "mse"}),
         (ValueError, "top must", {"top": 0}),
@@ -670,9 +772,6 @@ def test_a_method_may_change_its_images() -> None:
     ],
 )
 def test_equivariance_checks_first(error, message, options) -> None:
-    def untouched(*_: object, **__: object) -> Tensor:
-        raise RuntimeError("nothing may be computed before the arguments are checked")
-
     given = {"method": untouched, "images": images(3, 16), "transform": "rotation", "values": [10], **options}
     with pytest.raises(error, match=message):
         metrics.equivariance(**given)

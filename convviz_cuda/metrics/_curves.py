@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..attr._inputs import Target
 from ..attr._masked import memory_format
 from ..attr._masked_images import MaskedImages
-from ..checks import DTYPES, check_int
+from ..checks import DTYPES, check_callable, check_int
 from ..fills import BLUR_KERNEL, BLUR_SIGMA, Fill, fill_values
 from ..mask_ops import philox, replace_ranked_
 from ..results import new_figure
@@ -128,12 +127,13 @@ class Fills:
 
 
 def given_fills(images: Tensor, fill: Fill, seed: int = 0) -> Fills:
-    """:func:`fill_values`, image by image. Raises its errors at once."""
+    """:func:`fill_values`, image by image. Raises its errors at once, and ValueError for NaN and infinite values."""
     if isinstance(fill, Tensor):
         value = fill_values(images, fill)
+        check_finite("fill", value)
         return Fills(lambda i: value[i : i + 1] if len(value) > 1 else value)
     if len(images):
-        fill_values(images[:1], fill, seed)
+        check_finite("fill", fill_values(images[:1], fill, seed))
     return Fills(lambda i: fill_values(images[i : i + 1], fill, seed, i))
 
 
@@ -244,8 +244,7 @@ def curve_scores(
 
 
 def check_model_and_images(forward_func: Any, images: Any) -> Tensor:
-    if not callable(forward_func):
-        raise TypeError(f"model must be callable, but it is {forward_func!r}.")
+    check_callable("model", forward_func)
     if not isinstance(images, Tensor) or images.dtype not in DTYPES:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images must be a float64, float32, bfloat16 or float16 tensor, but it is {kind}.")
@@ -279,9 +278,7 @@ def bounds_of(noise_range: Any, images: Tensor) -> tuple[Tensor, Tensor] | None:
             f"noise_range must be a low and a high end, each one number or {images.shape[1]} (one a channel), but it "
             f"is {noise_range!r}."
         )
-    if not all(math.isfinite(v) for t in (low, high) for v in t.reshape(-1).tolist()) or bool(
-        (low > high).any()
-    ):
+    if not all(bool(v.to(images.dtype).isfinite().all()) for v in (low, high)) or bool((low > high).any()):
         raise ValueError(
             f"noise_range must go from a finite low end to a high one, but it is {noise_range!r}."
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._draws import drawn_from
-from ..attr._inputs import Target, extra_args
+from ..attr._inputs import Target, extra_args, select_target
 from ..attr._masked import memory_format
 from ..attr._masked_images import Evaluate, args_of_each_image, image_scores, of_each_image
 
@@ -159,11 +159,30 @@ def scored(function: Callable[..., Any], target: Target, args: Any, count: int, 
     Raises AssertionError for targets of another number of images.
     """
     each, args = [of_each_image(target, count)], extra_args(args)
+    checked = False
 
     def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
-        return image_scores(function(given, *args_of_each_image(args, image, count)), score, each, numbers)
+        nonlocal checked
+        output = function(given, *args_of_each_image(args, image, count))
+        if not checked:
+            check_targets(output, len(given), target, count)
+            checked = True
+        return image_scores(output, score, each, numbers)
 
     return evaluate
+
+
+def check_targets(output: Any, rows: int, target: Target, count: int) -> None:
+    """The targets of all ``count`` images by the first output, of ``rows``, so that no error comes late.
+
+    Raises what :func:`select_target` does, and ValueError for a model without classes.
+    """
+    if not isinstance(output, Tensor) or not output.dim() or len(output) != rows:
+        return  # image_scores says what is wrong
+    if not output[0].numel():
+        raise ValueError(f"The model must give scores, but its output has the shape {tuple(output.shape)}.")
+    if target is not None:
+        select_target(output[:1].expand(count, *output.shape[1:]), target)
 
 
 @torch.no_grad()
@@ -193,7 +212,7 @@ def best_classes(output: Any, count: int) -> list[int] | None:
     """The class of the highest score of each of ``count`` images, see :func:`predicted`."""
     if isinstance(output, Tensor) and output.numel() == count:
         return None
-    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != count:
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != count or not output.numel():
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"The predicted class needs an output (N, classes), but of {count} images it is {shape}: give target."

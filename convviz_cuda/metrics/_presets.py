@@ -12,7 +12,7 @@ def check_preset(preset: str | None, presets: Presets, given: Mapping[str, Any])
     """ValueError for a preset that is unknown, or that one of the settings given contradicts."""
     if preset is None:
         return
-    if preset not in presets:
+    if not isinstance(preset, str) or preset not in presets:
         raise ValueError(
             f"preset must be None or one of {', '.join(map(repr, presets))}, but it is {preset!r}."
         )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import DTYPES
 from ..results import Result
 
 RESIZES = (None, "bilinear", "nearest")
@@ -40,6 +41,8 @@ class Metric(Result):
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """ValueError for NaN and infinite values, of which a metric would make more of them, or leave them out."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}.")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} must be finite, but some values are NaN or infinite.")
 
@@ -59,9 +62,11 @@ def check_maps(maps: Any, size: Sequence[int], count: int | None = None, resize:
     """
     if resize not in RESIZES:
         raise ValueError(f"resize must be one of {', '.join(map(repr, RESIZES))}, but it is {resize!r}.")
-    if not isinstance(maps, Tensor) or not maps.is_floating_point():
+    if not isinstance(maps, Tensor) or maps.dtype not in DTYPES:
         kind = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
-        raise TypeError(f"maps must be a tensor of floats, but it is {kind}.")
+        raise TypeError(
+            f"maps must be a tensor of floats (float64, float32, bfloat16, float16), but it is {kind}."
+        )
     if maps.dim() == 4 and maps.shape[1] == 1:
         maps = maps[:, 0]
     if maps.dim() != 3:
@@ -79,6 +84,8 @@ def check_maps(maps: Any, size: Sequence[int], count: int | None = None, resize:
                 f"maps must have the images' size {tuple(size)}, but it is {tuple(maps.shape[1:])}: upsample them, or "
                 "say how with resize=."
             )
+        if 0 in maps.shape[1:]:
+            raise ValueError(f"maps must have at least one pixel, but their shape is {tuple(maps.shape)}.")
         options = {"align_corners": False} if resize == "bilinear" else {}
         maps = F.interpolate(maps[:, None], tuple(size), mode=resize, **options)[:, 0]
     return maps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_real
 from ..results import Result
 from ._result import Metric
 
@@ -48,15 +48,16 @@ class Similarities(Result):
 
 def check_similarities(similarity: Any, top: Any, size: Sequence[int]) -> tuple[str, ...]:
     """The names of similarities as a tuple; ValueError for unknown ones and for maps that are too small for them."""
-    names = (similarity,) if isinstance(similarity, str) else tuple(similarity)
+    names = tuple(similarity) if isinstance(similarity, list | tuple) else (similarity,)
     for name in names:
-        if name not in SIMILARITIES:
+        if not isinstance(name, str) or name not in SIMILARITIES:
             raise ValueError(
                 f"similarity must be of {', '.join(map(repr, SIMILARITIES))}, but it is {name!r}."
             )
     if not names:
         raise ValueError("similarity must name at least one similarity, but it is empty.")
-    if isinstance(top, bool) or not isinstance(top, numbers.Real) or not 0 < top < 1:
+    check_real("top", top)
+    if not 0 < top < 1:
         raise ValueError(f"top must be a share between 0 and 1, but it is {top!r}.")
     window = 2 * SSIM_RADIUS + 1
     if "ssim" in names and min(size) < window:
@@ -77,8 +78,13 @@ def described(names: Sequence[str], top: float) -> dict[str, Any]:
 
 
 def similar(name: str, a: Tensor, b: Tensor, valid: Tensor, top: float) -> Tensor:
-    """(N,) float64 on the CPU: a similarity of maps (N, H, W) over the pixels ``valid`` (H, W), bool."""
-    return SIMILARITIES[name](a.double(), b.double(), valid, top).cpu()
+    """(N,) float64 on the CPU: a similarity of maps (N, H, W) over the pixels ``valid`` (H, W), bool.
+
+    NaN where one of both maps is NaN or infinite in such a pixel.
+    """
+    a, b = a.double(), b.double()
+    defined = (a.isfinite() & b.isfinite() | ~valid).flatten(1).all(1)
+    return torch.where(defined, SIMILARITIES[name](a, b, valid, top), math.nan).cpu()
 
 
 def spearman(a: Tensor, b: Tensor, valid: Tensor, top: float = 0.0) -> Tensor:

@@ -20,7 +20,7 @@ from ..attr.rise import Score
 from ..progress import Progress
 from ..results import Result
 from ._curves import check_evaluation, check_model_and_images
-from ._evaluated import best_classes, evaluated, target_record
+from ._evaluated import best_classes, check_targets, evaluated, target_record
 from ._presets import check_preset
 from ._result import Metric, check_maps
 
@@ -38,7 +38,12 @@ def normalised(maps: Tensor, how: str | None) -> Tensor:
         raise ValueError(f"normalise must be one of {', '.join(map(repr, NORMALISE))}, but it is {how!r}.")
     if how is None or not maps.numel():
         return maps
-    maps = maps - maps.amin((1, 2), keepdim=True) if how == "minmax" else maps.clamp(min=0)
+    if how == "minmax":
+        largest = maps.abs().amax((1, 2), keepdim=True)
+        maps = torch.where(largest > 0, maps / largest, 0)  # or maximum less minimum may overflow
+        maps = maps - maps.amin((1, 2), keepdim=True)
+    else:
+        maps = maps.clamp(min=0)
     largest = maps.amax((1, 2), keepdim=True)
     return torch.where(largest > 0, maps / largest, 0)
 
@@ -131,8 +136,10 @@ def confidence(
     images = check_model_and_images(model, images)
     settings = _settings(preset, score=score, normalise=normalise, resize=resize)
     check_evaluation(score, batch_size, None)
-    if not isinstance(maps, Mapping) or not maps:
+    if not isinstance(maps, Mapping):
         raise TypeError(f"maps must be a dict from methods' names to maps, but it is {type(maps).__name__}.")
+    if not maps:
+        raise ValueError("maps must hold the maps of at least one method, but it is empty.")
     count, size = len(images), tuple(images.shape[2:])
     masks = {name: check_maps(one, size, count, resize) for name, one in maps.items()}
     args, each = extra_args(additional_forward_args), of_each_image(target, count)
@@ -144,6 +151,8 @@ def confidence(
         numbers, x = range(start, stop), images[start:stop]
         given, which = args_of_each_image(args, torch.arange(start, stop), count), each
         output = run(x.clone(), *given)  # a clone, because a model may change its input in place
+        if not start:
+            check_targets(output, len(x), target, count)
         best = best_classes(output, len(x)) if target is None else None
         if best is not None:
             which = lambda _: best  # noqa: E731

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_real
 from ._presets import check_preset
 from ._result import Metric, check_maps
 from .confidence import NORMALISE, normalised
@@ -71,8 +71,7 @@ def pointing_game(
     Raises ValueError for an object without a pixel inside the image, TypeError or ValueError for what does not fit.
     """
     check_preset(preset, PRESETS, {"tolerance": tolerance, "per_class": labels is not None})
-    if isinstance(tolerance, bool) or not isinstance(tolerance, numbers.Real):
-        raise TypeError(f"tolerance must be a number of pixels, but it is {tolerance!r}.")
+    check_real("tolerance", tolerance)
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance must be at least 0 and finite, but it is {tolerance!r}.")
     maps, masks = _maps_and_masks(maps, truth)
@@ -114,7 +113,7 @@ def energy_pointing_game(maps: Tensor, truth: Truth) -> Metric:
     Raises ValueError for an object without a pixel inside the image, TypeError or ValueError for what does not fit.
     """
     maps, masks = _maps_and_masks(maps, truth)
-    energy = maps.double().clamp(min=0)
+    energy = normalised(maps.double(), "max")  # or the sum may overflow
     values = (energy * masks).sum((1, 2)) / energy.sum((1, 2))  # 0 / 0 is NaN
     return Metric("energy_pointing_game", values.cpu(), {"energy": "positive part"})
 
@@ -163,6 +162,9 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(
             f"The boxes must broadcast, but their shapes are {tuple(a.shape)} and {tuple(b.shape)}."
         ) from None
+    # Areas of such boxes would overflow; a power of two rounds nothing.
+    large = torch.maximum(a.abs(), b.abs()).amax(-1, keepdim=True) > 2.0**500
+    a, b = (torch.where(large, one * 2.0**-600, one) for one in (a, b))
     shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
     overlap, areas = shared.prod(-1), [(one[..., 2:] - one[..., :2]).prod(-1) for one in (a, b)]
     union = areas[0] + areas[1] - overlap
@@ -231,7 +233,10 @@ def _maps_and_masks(maps: Any, truth: Any) -> tuple[Tensor, Tensor]:
     size, count = tuple(maps.shape[1:]), len(maps)
     if isinstance(truth, Tensor) and truth.dim() in (3, 4):
         if truth.dtype != torch.bool:
-            raise TypeError(f"Masks must be bool, but truth is {truth.dtype}.")
+            raise TypeError(
+                f"truth must be bool masks, boxes (N, 4), or a list of boxes (K, 4), but it is {truth.dtype} in the "
+                f"shape {tuple(truth.shape)}."
+            )
         masks = truth[:, 0] if truth.dim() == 4 and truth.shape[1] == 1 else truth
         if tuple(masks.shape) != tuple(maps.shape):
             raise ValueError(
@@ -283,6 +288,9 @@ def _boxes(name: str, boxes: Any) -> Tensor:
 
 def _objects(truth: Any, count: int) -> list[Tensor]:
     """For each image its objects' boxes (K, 4), float64, K at least 1, each with an area."""
+    many = isinstance(truth, Tensor | Sequence | np.ndarray) and not isinstance(truth, str)
+    if not many or getattr(truth, "ndim", 1) == 0:
+        raise TypeError(f"truth must be a tensor or a list of boxes, or bool masks, but it is {truth!r}.")
     every = truth if isinstance(truth, Tensor) else list(truth)
     if len(every) != count:
         raise ValueError(f"truth must hold the objects of each of {count} images, but it holds {len(every)}.")
@@ -317,7 +325,12 @@ def _within(masks: Tensor, tolerance: float) -> Tensor:
 
 
 def _labels(labels: Any, count: int) -> list[Any]:
-    labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    if not isinstance(labels, Sequence | Tensor | np.ndarray) or isinstance(labels, str):
+        raise TypeError(f"labels must be a list or a tensor of classes, but it is {labels!r}.")
+    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    wrong = [label for label in labels if not isinstance(label, Hashable) or label != label]
+    if wrong:
+        raise TypeError(f"labels must be ints or names, but one is {wrong[0]!r}.")
     if len(labels) != count:
         raise ValueError(
             f"labels must name the class of each of {count} images, but there are {len(labels)}."
@@ -326,7 +339,6 @@ def _labels(labels: Any, count: int) -> list[Any]:
 
 
 def _check_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, but it is {value!r}.")
+    check_real(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be from 0 to 1, but it is {value!r}.")

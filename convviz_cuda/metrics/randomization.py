@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .._draws import drawn_from
 from ..attr._gradient import check_at_once, check_module, find_layer
@@ -22,6 +23,7 @@ from ..checks import check_images, check_int
 from ..progress import Progress
 from ._evaluated import evaluated
 from ._explain import Explainer, examples, name_of, predicted, recorded, recorded_target
+from ._result import check_finite
 from ._similarity import DEFAULT, Similarities, check_similarities, described, similar
 
 MODES = ("cascading", "independent")
@@ -48,7 +50,8 @@ def model_randomization(
     """How alike a method's maps stay when layers of the model get random weights: what stays alike was not learned.
 
     Args:
-        model: is copied; it is neither changed nor run itself.
+        model: is copied; it is neither changed nor run itself. Its hooks may be a part of what it computes: they run in
+            the copies too. A parametrized weight (``torch.nn.utils.parametrizations``) is an ordinary one in them.
         method: gives the method of a model: a class of :mod:`convviz_cuda.attr`, for instance, or a function of the
             model that names layers by their names. What it gives has ``attribute(inputs, target=...)`` or is called
             so.
@@ -74,11 +77,12 @@ def model_randomization(
         :class:`Similarities` whose steps are the layers' names, topmost first. Its values have two entries for each
         similarity: "spearman" of the channels' sum, "spearman_abs" of their summed magnitudes, and so on.
 
-    Raises AssertionError for what is no module, ValueError or TypeError for other arguments that make no sense and for
-    layers without parameters or that do not run.
+    Raises AssertionError for what is no module, ValueError or TypeError for other arguments that make no sense, for
+    models that cannot be copied, and for layers without parameters, that do not run, or whose weight a hook computes.
     """
     check_module(model)
     check_images("images", images)
+    check_finite("images", images)
     if not callable(method):
         raise TypeError(
             f"method must make a method of a model, a class of attribution methods for instance, but it is {method!r}."
@@ -93,18 +97,18 @@ def model_randomization(
     check_int("seed", seed, 0, 2**64 - 1)
     size, at_once = images.shape[2:], examples([images], batch_size)
     measures = check_similarities(similarity, top, size)
-    chosen = _names(model, layers)
     images = images.detach()
     if not len(images):
         raise ValueError("images must hold at least one image.")
-    given_target = target
-    with evaluated(model):
-        current = copy.deepcopy(model)
+    given_target, plain = target, _copied(model)
+    chosen = _names(model, plain, layers)
+    with evaluated(plain):
+        current = copy.deepcopy(plain)
         names = _from_the_top(
             current, chosen, images[:1], additional_forward_args, len(images), layers is not None
         )
         if target is None:
-            target = predicted(copy.deepcopy(model), images, additional_forward_args, at_once)
+            target = predicted(copy.deepcopy(plain), images, additional_forward_args, at_once)
         explain = Explainer(target, additional_forward_args, kwargs, len(images), size)
         everywhere = torch.ones(tuple(size), dtype=torch.bool, device=images.device)
         rows = (len(names), len(images))
@@ -126,11 +130,11 @@ def model_randomization(
                     progress.advance(len(part))
                 return parts
 
-            original = maps(copy.deepcopy(model))
-            current = copy.deepcopy(model)
+            original = maps(copy.deepcopy(plain))
+            current = copy.deepcopy(plain)
             for step, name in enumerate(names):
                 if mode == "independent":
-                    current = copy.deepcopy(model)
+                    current = copy.deepcopy(plain)
                 _randomise(current, name, initialisation, int(seed))
                 for batch, (before, after) in enumerate(
                     zip(original, maps(copy.deepcopy(current)), strict=True)
@@ -154,28 +158,55 @@ def model_randomization(
     return Similarities("model_randomization", names, found, settings)
 
 
-def _names(model: nn.Module, layers: Sequence[nn.Module | str] | None) -> list[str]:
-    """The names of the layers that may be randomised, in the model's order."""
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy in which a parametrized weight is what the parametrization gave: a layer can reset that."""
+    try:
+        model = copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"The model must bear copy.deepcopy, but it gave: {error}") from error
+    for module in filter(parametrize.is_parametrized, list(model.modules())):
+        with torch.enable_grad():  # without gradients the weight would become a buffer
+            module.parametrizations.requires_grad_()
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
+    return model
+
+
+def _names(model: nn.Module, plain: nn.Module, layers: Sequence[nn.Module | str] | None) -> list[str]:
+    """The names of the layers that may be randomised, in the model's order. plain: its copy."""
     own = [
         name
-        for name, module in model.named_modules()
+        for name, module in plain.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
-    if layers is None:
-        if not own:
-            raise ValueError("The model has no parameters that could be randomised.")
-        return own
-    if isinstance(layers, str | nn.Module) or not len(layers):
+    if not own:
+        raise ValueError("The model has no parameters that could be randomised.")
+    if layers is not None and (
+        not isinstance(layers, Sequence) or isinstance(layers, str) or not len(layers)
+    ):
         raise ValueError(f"layers must be a list of at least one layer, but it is {layers!r}.")
     names = {module: name for name, module in model.named_modules()}
-    chosen = []
-    for layer in layers:
+    chosen = own if layers is None else []
+    for layer in layers or ():
         module = find_layer(model, layer)
         if names.get(module) not in own:
             raise ValueError(
                 f"layers must be of the model and have parameters of their own, but {layer!r} does not."
             )
         chosen.append(names[module])
+    for name in chosen:
+        module = plain.get_submodule(name)
+        ours = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        hooked = [
+            n
+            for n, v in vars(module).items()
+            if isinstance(v, Tensor) and any(p.startswith(f"{n}_") for p in ours)
+        ]
+        if hooked:
+            raise ValueError(
+                f"The {hooked[0]} of layer {name!r} is computed from {', '.join(ours)} by a hook, so that it would not "
+                "stay random: make it a parameter first (torch.nn.utils.prune.remove, remove_weight_norm, ...)."
+            )
     return [name for name in own if name in chosen]
 
 

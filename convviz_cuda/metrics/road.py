@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .._draws import normal
 from ..attr._inputs import Target
 from ..attr._masked import INPUT_BYTES
 from ..attr._masked_images import MaskedImages
-from ..checks import check_int
+from ..checks import check_int, check_real
 from ..results import Result
 from ._curves import TIES, Curve, check_evaluation, check_model_and_images, curve_figure, ranked
 from ._evaluated import evaluated, predicted, scored, target_record
@@ -90,8 +90,9 @@ def road(
         raise ValueError(f"order must be 'both', 'morf' or 'lerf', but it is {order!r}.")
     pixels = height * width
     fractions = _checked_fractions(fractions)
-    if isinstance(noise, bool) or not isinstance(noise, numbers.Real) or not 0 <= noise < math.inf:
-        raise ValueError(f"noise must be a number of at least 0, but it is {noise!r}.")
+    check_real("noise", noise)
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be at least 0 and finite, but it is {noise!r}.")
     check_evaluation(score, batch_size, memory_limit)
     check_int("seed", seed, 0, 2**31 - 1)
     removed = torch.tensor([min(pixels - 1, round(f * pixels)) for f in fractions], device=images.device)
@@ -156,10 +157,13 @@ def road(
 
 
 def _checked_fractions(fractions: Any) -> list[float]:
-    try:
-        values = [float(f) for f in fractions]
-    except (TypeError, ValueError):
-        raise TypeError(f"fractions must be numbers, but it is {fractions!r}.") from None
+    if isinstance(fractions, Tensor | np.ndarray):
+        fractions = fractions.tolist()
+    if not isinstance(fractions, Sequence) or isinstance(fractions, str):
+        raise TypeError(f"fractions must be a list of numbers, but it is {fractions!r}.")
+    for fraction in fractions:
+        check_real("each of fractions", fraction)
+    values = [float(f) for f in fractions]
     if not values or not all(0 < f < 1 for f in values):
         raise ValueError(
             f"fractions must be one or more numbers above 0 and below 1, but it is {fractions!r}."

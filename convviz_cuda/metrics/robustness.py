@@ -9,19 +9,20 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._draws import drawn_as_usual, normal
 from ..attr._gradient import check_at_once
 from ..attr._inputs import Inputs, Target, as_tuple, extra_args, select_target
-from ..checks import check_images, check_int
+from ..checks import check_callable, check_images, check_int, check_real
 from ..experiments.invariance import transform_images
 from ..mask_ops import philox
 from ..progress import Progress
 from ._evaluated import evaluated
 from ._explain import Explainer, check_method, examples, name_of, recorded, recorded_target
-from ._result import Metric
+from ._result import Metric, check_finite
 from ._similarity import DEFAULT, Similarities, check_similarities, described, similar
 
 WORD = 2.0**-32
@@ -58,6 +59,8 @@ def default_perturb_func(inputs: Inputs, perturb_radius: float = 0.02) -> tuple[
 
 def _interleaved(value: Any, copies: int) -> Any:
     """A target for a batch in which each example stands ``copies`` times in a row."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
     if isinstance(value, list):
         return [one for one in value for _ in range(copies)]
     if isinstance(value, Tensor) and value.dim() and value.numel() > 1:
@@ -91,6 +94,25 @@ def _unwrapped(tensors: tuple[Tensor, ...], single: bool) -> Inputs:
 def _rows(tensors: tuple[Tensor, ...], count: int, start: int, stop: int) -> tuple[Tensor, ...]:
     """Samples ``start`` to ``stop`` of each of ``count`` examples whose samples follow each other."""
     return tuple(x.unflatten(0, (count, -1))[:, start:stop].flatten(0, 1) for x in tensors)
+
+
+def _checked_inputs(inputs: Any) -> tuple[Tensor, ...]:
+    tensors = tuple(x.detach() for x in as_tuple(inputs))
+    for x in tensors:
+        assert x.dim(), f"inputs must have a row for each example, but one is the number {x.item()!r}."
+        check_finite("inputs", x)
+    return tensors
+
+
+def _checked_rows(function: str, given: Any, count: int) -> tuple[Tensor, ...]:
+    """What a caller's function gave, as a tuple; AssertionError unless all are tensors with ``count`` rows."""
+    tensors = given if isinstance(given, tuple) else (given,)
+    fits = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == count for x in tensors]
+    shapes = [f"the shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in tensors]
+    assert fits and all(fits), (
+        f"{function} must give tensors with a row for each of {count} examples, but it gave {', '.join(shapes) or ()}."
+    )
+    return tensors
 
 
 def _perturbed_at_once(
@@ -164,18 +186,23 @@ def sensitivity_max(
     Returns:
         ``(N,)``, in the explanation's dtype, float32 at least.
 
-    Raises AssertionError for inputs that are no tensors, ValueError for counts below 1 and an unknown norm, and
+    Raises AssertionError for inputs that are no tensors and for functions that do not give a row for each example,
+    TypeError for what is not callable, ValueError for NaN and infinite inputs, counts below 1 and an unknown norm, and
     whatever the functions raise.
     """
-    tensors = tuple(x.detach() for x in as_tuple(inputs))
+    check_callable("explanation_func", explanation_func)
+    check_callable("perturb_func", perturb_func)
+    tensors = _checked_inputs(inputs)
     single, count = not isinstance(inputs, tuple), len(tensors[0])
     _checked_counts(n_perturb_samples, max_examples_per_batch)
     order = 2.0 if norm_ord == "fro" else norm_ord
     if isinstance(order, bool) or not isinstance(order, numbers.Real) or math.isnan(order):
         raise ValueError(f"norm_ord must be a number or 'fro', but it is {norm_ord!r}.")
     ours = perturb_func is default_perturb_func
-    if ours and not (isinstance(perturb_radius, numbers.Real) and 0 <= perturb_radius < math.inf):
-        raise ValueError(f"perturb_radius must be at least 0 and finite, but it is {perturb_radius!r}.")
+    if ours:
+        check_real("perturb_radius", perturb_radius)
+        if not 0 <= perturb_radius < math.inf:
+            raise ValueError(f"perturb_radius must be at least 0 and finite, but it is {perturb_radius!r}.")
     check_int("perturb_seed", perturb_seed, 0, 2**64 - 1)
     forwarded = show_progress and _takes(explanation_func, "show_progress")
     given_options = {**kwargs, "show_progress": show_progress} if forwarded else kwargs
@@ -193,8 +220,12 @@ def sensitivity_max(
             )
         if copies and options.get("baselines") is not None:
             options["baselines"] = _interleaved_baselines(options["baselines"], tensors, copies)
-        found = as_tuple(explanation_func(_unwrapped(tuple(x.clone() for x in given), single), **options))
-        wide = [one.detach().to(torch.promote_types(one.dtype, torch.float32)).flatten(1) for one in found]
+        found = explanation_func(_unwrapped(tuple(x.clone() for x in given), single), **options)
+        rows = len(given[0])
+        wide = [
+            one.detach().to(torch.promote_types(one.dtype, torch.float32)).reshape(rows, -1)
+            for one in _checked_rows("explanation_func", found, rows)
+        ]
         return torch.cat(wide, 1)
 
     def perturbed(start: int, stop: int) -> tuple[Tensor, ...]:
@@ -206,7 +237,8 @@ def sensitivity_max(
         takes = len(inspect.signature(perturb_func).parameters)
         given = _unwrapped(repeated, len(repeated) == 1)
         with drawn_as_usual():
-            return as_tuple(perturb_func(given, perturb_radius) if takes > 1 else perturb_func(given))
+            found = perturb_func(given, perturb_radius) if takes > 1 else perturb_func(given)
+        return _checked_rows("perturb_func", found, len(repeated[0]))
 
     shown = Progress(count * n_perturb_samples, "samples", show_progress and not forwarded, "sensitivity")
     with evaluated(explanation_func), shown as progress:
@@ -284,9 +316,11 @@ def infidelity(
         ``(N,)``, float32 at least.
 
     Raises AssertionError for attributions, perturbations and targets that do not fit, IndexError for a target out of
-    range, ValueError for counts below 1.
+    range, TypeError for what is not callable, ValueError for counts below 1 and for NaN and infinite inputs.
     """
-    tensors = tuple(x.detach() for x in as_tuple(inputs))
+    check_callable("forward_func", forward_func)
+    check_callable("perturb_func", perturb_func)
+    tensors = _checked_inputs(inputs)
     maps = tuple(x.detach() for x in as_tuple(attributions))
     single, count = len(tensors) == 1, len(tensors[0])
     assert len(tensors) == len(maps), (
@@ -330,7 +364,11 @@ def infidelity(
             )
             given += (_unwrapped(rows, single),)
         with drawn_as_usual():
-            change, variants = map(as_tuple, perturb_func(*given))
+            found = perturb_func(*given)
+        assert isinstance(found, Sequence | Tensor) and len(found) == 2, (
+            f"perturb_func must give perturbations and perturbed inputs, but it gave {type(found).__name__}."
+        )
+        change, variants = (_checked_rows("perturb_func", each, len(repeated[0])) for each in found)
         assert len(change) == len(tensors) == len(variants), (
             "perturb_func must give a perturbation and a perturbed tensor for each input. "
             f"There are {len(tensors)} inputs, {len(change)} perturbations and {len(variants)} perturbed inputs."
@@ -463,6 +501,7 @@ def equivariance(
     Raises ValueError or TypeError for arguments that make no sense, before anything is computed.
     """
     check_images("images", images)
+    check_finite("images", images)
     check_method("method", method)
     check_at_once("batch_size", batch_size)
     steps = _checked_values(transform, values)
@@ -470,6 +509,9 @@ def equivariance(
         raise TypeError(f"fill must be 'edge', 'reflect' or a number, but it is {fill!r}.")
     if isinstance(fill, str) and fill not in ("edge", "reflect"):
         raise ValueError(f"fill must be 'edge', 'reflect' or a number, but it is {fill!r}.")
+    if absolute not in (True, False):
+        raise TypeError(f"absolute must be True or False, but it is {absolute!r}.")
+    absolute = bool(absolute)
     check_int("seed", seed, 0, 2**64 - 1)
     size = images.shape[2:]
     names = check_similarities(similarity, top, size)
@@ -516,7 +558,7 @@ def equivariance(
     settings = {
         "transform": transform,
         **described(names, top),
-        "absolute": bool(absolute),
+        "absolute": absolute,
         "fill": fill,
         "seed": int(seed) if transform == "noise" else None,
         **recorded_target(target, len(images)),
@@ -531,13 +573,18 @@ def equivariance(
 def _checked_values(transform: Any, values: Any) -> list[Any]:
     if transform not in ("noise", "rotation", "translation"):
         raise ValueError(f"transform must be 'noise', 'rotation' or 'translation', but it is {transform!r}.")
-    if isinstance(values, str | numbers.Real) or not len(values):
-        raise ValueError(f"values must hold at least one number, but it is {values!r}.")
+    values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"values must be a list of numbers, but it is {values!r}.")
+    if not values:
+        raise ValueError("values must hold at least one number, but it is empty.")
     steps: list[Any] = []
-    for value in values.tolist() if isinstance(values, Tensor) else values:
+    for value in values:
         pair = isinstance(value, tuple | list) and len(value) == 2 and transform == "translation"
         each = tuple(value) if pair else (value,)
-        if any(isinstance(v, bool) or not isinstance(v, numbers.Real) or not math.isfinite(v) for v in each):
+        for v in each:
+            check_real("each of values", v)
+        if not all(map(math.isfinite, each)):
             raise ValueError(f"values must be finite numbers, but one is {value!r}.")
         if transform == "noise" and value < 0:
             raise ValueError(f"values of noise must be at least 0, but one is {value!r}.")

@@ -92,8 +92,8 @@ def sensitivity_n(
         model, images, target, resize, additional_forward_args, batch_size, memory_limit, show_progress: as in
             :func:`insertion_deletion`.
         maps: ``(N, H, W)`` or ``(N, 1, H, W)``: signed attributions, summed over channels.
-        sizes: numbers of pixels, each from 1 to H * W; or how many numbers there are, from 1 to 80 % of the pixels in
-            equal ratios. Such numbers that coincide count once.
+        sizes: numbers of pixels, each from 1 to H * W; or how many numbers there are (at most 16 or H * W), from 1 to
+            80 % of the pixels in equal ratios. Such numbers that coincide count once.
         samples: sets of each size, at least 2.
         fill: what stands in the place of removed pixels (see :func:`convviz_cuda.fills.fill_values`).
         seed: of the sets, from 0 to ``2**31 - 1``. They are the same for all images, and sample i of a larger size
@@ -117,7 +117,9 @@ def sensitivity_n(
         if not chosen:
             raise ValueError("sizes must hold a number of pixels, but it is empty.")
     else:
-        chosen = _in_equal_ratios(check_int("sizes", sizes, 1), max(1, int(LARGEST * pixels)))
+        chosen = _in_equal_ratios(
+            check_int("sizes", sizes, 1, max(16, pixels)), max(1, int(LARGEST * pixels))
+        )
     fills = given_fills(images, fill, seed)
 
     # The first variant of an image is the image itself.
