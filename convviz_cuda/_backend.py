@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "reference", "native")
+# Ops that nothing calls on a GPU, where the convolutions are the library's.
+CPU_ONLY = frozenset({"winograd_conv2d", "winograd_packed"})
 
 
 def _is_the_command() -> bool:
@@ -96,7 +98,7 @@ def info() -> dict[str, Any]:
         for name in op_names()
     }
     reason = missing_extension
-    if reason is None and any(served["cuda"] == "reference" for served in ops.values()):
+    if reason is None and any(ops[name]["cuda"] == "reference" for name in ops.keys() - CPU_ONLY):
         reason = missing_kernel("*", "cuda")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

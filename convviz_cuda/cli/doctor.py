@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .._backend import CPU_ONLY
+
 COLOURS = {"cuda": "green", "c++": "green", "reference": "yellow"}
 
 
@@ -17,7 +19,12 @@ def unsatisfied(info: dict[str, Any]) -> list[str]:
     if info["backend"] != "native":
         return []
     here = ["cpu", "cuda"] if info["devices"]["cuda"] else ["cpu"]
-    return [f"{op} on {d}" for op, served in info["ops"].items() for d in here if served[d] == "reference"]
+    return [
+        f"{op} on {d}"
+        for op, served in info["ops"].items()
+        for d in here
+        if served[d] == "reference" and not (d == "cuda" and op in CPU_ONLY)
+    ]
 
 
 def run(as_json: bool) -> int:
