@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from convviz_cuda.attr._masked import PeakBytes
 from convviz_cuda.fills import fill_values
 from convviz_cuda.metrics import (
+    _curves,
     average_drop,
     confidence,
     insertion_deletion,
@@ -864,3 +865,22 @@ def test_noise_does_not_depend_on_the_default_dtype():
         assert torch.equal(fill_values(x, "noise", 3), usual)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_all_steps_of_a_chunk_are_one_launch(monkeypatch):
+    """A call of the op for each forward, and one more where a chunk takes in the end of a curve and the next one."""
+    launches, forwards = [], []
+    op = _curves.replace_ranked_
+    monkeypatch.setattr(_curves, "replace_ranked_", lambda out, *a: launches.append(len(out)) or op(out, *a))
+    net = Net()
+
+    def model(x: Tensor) -> Tensor:
+        forwards.append(len(x))
+        return net(x)
+
+    x, maps = drawn(2, 3, 9, 8), drawn(2, 9, 8, seed=1)
+    insertion_deletion(model, x, maps, 1, steps=20, batch_size=16)
+    # Two curves of 2 x 21 images: the third chunk holds ten of one and six of the other.
+    looked_at = len(forwards) - 6
+    assert forwards[looked_at:] == [16, 16, 16, 16, 16, 4]
+    assert len(launches) == len(forwards) + 1 and launches[looked_at:] == [16, 16, 10, 6, 16, 16, 4]
