@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import fits, pays, winograd_conv2d, winograd_packed
+from .winograd import fits, pays, result_size, winograd_conv2d, winograd_packed
 
 Range = tuple[float, float]  # what an activation clamps to: (0, inf) is a ReLU
-WASTE = (
-    1.8  # results that Winograd's tiles compute for one that is there: up to this many it is the faster way
-)
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,7 @@ class Layer:
         assert self.windows is not None and self.weight is not None
         stride = [axis.stride for axis in self.windows]
         dilation = [axis.dilation for axis in self.windows]
-        if (
-            self.tiles is not None
-            and x.numel()
-            and fits(*(n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)))
-        ):
+        if self.tiles is not None and x.numel() and fits(*result_size(x, padding)):
             low, high = self.activation or (-math.inf, math.inf)
             results = self.weight.shape[0]
             return winograd_conv2d(x, self.tiles, self.bias, list(padding), low, high, results)

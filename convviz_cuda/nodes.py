@@ -151,10 +151,7 @@ class Conv2d(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
         if winograd.convolves(x, weight, stride, padding, dilation, groups):
-            packed = _call(winograd.winograd_packed_op, weight, False)
-            bias = None if bias is None else bias.contiguous()
-            bounds = -math.inf, math.inf
-            out = _call(winograd.winograd_conv2d_op, x, packed, bias, len(weight), list(padding), *bounds)
+            out = _by_tiles(x, weight, bias, padding)
         else:
             out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         ctx.size, ctx.geometry, ctx.groups = x.shape[2:], (stride, padding, dilation), groups
@@ -174,6 +171,15 @@ class Conv2d(Function):
         return _per_signal(data_gradient, signal), *[None] * 6
 
 
+def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, flipped: bool = False) -> Tensor:
+    """The convolution, or its data gradient, that :func:`winograd.convolves` found to be faster so."""
+    packed = _call(winograd.winograd_packed_op, weight, flipped)
+    bias = None if bias is None else bias.contiguous()
+    results = weight.shape[1 if flipped else 0]
+    bounds = -math.inf, math.inf
+    return _call(winograd.winograd_conv2d_op, x, packed, bias, results, list(padding), *bounds)
+
+
 def conv2d_data_gradient(
     signal: Tensor, weight: Tensor, size: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
@@ -188,10 +194,7 @@ def conv2d_data_gradient(
         and not torch.is_grad_enabled()
         and winograd.convolves(signal, weight, stride, padding, dilation, groups, flipped=True)
     ):
-        packed = _call(winograd.winograd_packed_op, weight, True)
-        pads = [2 - p for p in padding]
-        bounds = -math.inf, math.inf
-        return _call(winograd.winograd_conv2d_op, signal, packed, None, weight.shape[1], pads, *bounds)
+        return _by_tiles(signal, weight, None, [2 - p for p in padding], flipped=True)
     return conv2d_input_grad(signal, weight, size, stride, padding, dilation, groups)
 
 

@@ -49,7 +49,7 @@ def _output_along(values: Tensor, dim: int) -> Tensor:
 
 @torch.no_grad()
 def _input_reference(x: Tensor, padding: Sequence[int]) -> Tensor:
-    height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
+    height, width = result_size(x, padding)
     edge = (padding[1], padding[1] + width % 2, padding[0], padding[0] + height % 2)
     tiles = (
         F.pad(x.to(accumulator(x.dtype)), edge).unfold(2, 4, 2).unfold(3, 4, 2)
@@ -71,8 +71,14 @@ def _output_reference(
     return clamp(values, low, high).to(products.dtype).contiguous().permute(0, 3, 1, 2)
 
 
-def _tiles(x: Tensor, padding: Sequence[int]) -> int:
+def result_size(x: Tensor, padding: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the convolution's result."""
     height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
+    return height, width
+
+
+def _tiles(x: Tensor, padding: Sequence[int]) -> int:
+    height, width = result_size(x, padding)
     return x.shape[0] * ((height + 1) // 2) * ((width + 1) // 2)
 
 
@@ -89,7 +95,7 @@ def _conv_reference(
     wide = [None if t is None else t.to(accumulator(x.dtype)) for t in (x, weight, bias)]
     unpacked = wide[1].permute(1, 2, 0, 3).flatten(2)[:, :, :results]
     products = torch.bmm(_input_reference(wide[0], padding).transpose(0, 1), unpacked).transpose(0, 1)
-    size = [x.shape[0], *(n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))]
+    size = x.shape[0], *result_size(x, padding)
     return _output_reference(products, wide[2], size, low, high).to(x.dtype)
 
 
@@ -134,7 +140,7 @@ winograd_conv2d_op = define(
     "(Tensor x, Tensor weight, Tensor? bias, SymInt results, SymInt[] padding, float low, float high) -> Tensor",
     _conv_reference,
     lambda x, weight, bias, results, padding, *_: x.new_empty(
-        x.shape[0], *(n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)), results
+        x.shape[0], *result_size(x, padding), results
     ).permute(0, 3, 1, 2),
     vmap=looped("winograd_conv2d"),
     differentiable=False,
@@ -151,11 +157,15 @@ winograd_packed_op = define(
 )
 
 
-def winograd_weight(weight: Tensor) -> Tensor:
-    """Weights (Co, Ci, 3, 3) of a convolution in Winograd's domain, (16, Ci, Co), computed in float64."""
+def _check_filters(weight: Tensor) -> None:
     check_images("weight", weight)
     if tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"weight must be (Co, Ci, 3, 3), but its shape is {tuple(weight.shape)}.")
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """Weights (Co, Ci, 3, 3) of a convolution in Winograd's domain, (16, Ci, Co), computed in float64."""
+    _check_filters(weight)
     matrix = WEIGHT.to(weight.device)
     wide = torch.einsum("ij,ocjk,lk->ilco", matrix, weight.detach().double(), matrix)
     return wide.reshape(16, weight.shape[1], weight.shape[0]).to(weight.dtype).contiguous()
@@ -169,9 +179,7 @@ def winograd_packed(weight: Tensor, flipped: bool = False) -> Tensor:
     flipped: the weights of the convolution's data gradient, (ceil(Ci / 32), 16, Co, 32): with the padding ``2 - p`` it
     takes the gradient of the result of a convolution with padding p to that of its input.
     """
-    check_images("weight", weight)
-    if tuple(weight.shape[2:]) != (3, 3):
-        raise ValueError(f"weight must be (Co, Ci, 3, 3), but its shape is {tuple(weight.shape)}.")
+    _check_filters(weight)
     if weight.dtype != torch.float32 or weight.device.type not in ("cpu", "meta"):
         raise TypeError(f"weight must be float32 on the CPU, but it is {weight.dtype} on {weight.device}.")
     return winograd_packed_op(weight, bool(flipped))
@@ -184,6 +192,11 @@ def serves(*tensors: Tensor) -> bool:
         and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    # Spelled so that it holds under vmap too.
+    return x if channels_last(x) else x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _checked_padding(x: Tensor, padding: Pair) -> list[int]:
@@ -211,9 +224,7 @@ def winograd_input(x: Tensor, padding: Pair = 0) -> Tensor:
     """
     check_images("x", x)
     padding = _checked_padding(x, padding)
-    if not channels_last(x):  # spelled so that it holds under vmap too
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    return winograd_input_op(x, padding)
+    return winograd_input_op(_channels_last(x), padding)
 
 
 def winograd_output(
@@ -305,10 +316,8 @@ def winograd_conv2d(
     check_bounds(low, high)
     padding = _checked_padding(x, padding)
     if x.device.type == "cpu" and x.dtype == torch.float32:
-        if not channels_last(x):  # spelled so that it holds under vmap too
-            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        weight = weight if packed else _blocks(weight)
-        return winograd_conv2d_op(x, weight.contiguous(), bias, count, padding, low, high)
+        weight = weight.contiguous() if packed else _blocks(weight)
+        return winograd_conv2d_op(_channels_last(x), weight, bias, count, padding, low, high)
     if packed:
         raise ValueError(
             f"Packed weights are for float32 on the CPU, but x is {x.dtype} on {x.device}: give (16, Ci, Co)."
@@ -320,9 +329,8 @@ def _around_products(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], low: float, high: float
 ) -> Tensor:
     """A few images at a time, so that the tiles stay in the cache."""
-    vertical, horizontal = padding
-    height, width = x.shape[2] + 2 * vertical - 2, x.shape[3] + 2 * horizontal - 2
-    tiles = -(-height // 2) * -(-width // 2)
+    height, width = result_size(x, padding)
+    tiles = _tiles(x[:1], padding)
     channels, results = weight.shape[1:]
     each = tiles * 16 * (channels + results) * x.element_size()
     at_once = max(1, CACHED // max(1, each))
@@ -359,9 +367,9 @@ def convolves(
     geometry = (*weight.shape[2:], *stride, *dilation, groups)
     if geometry != (3, 3, 1, 1, 1, 1, 1) or not serves(x, weight) or not channels_last(x) or max(padding) > 2:
         return False
-    height, width = (n + 2 * (2 - p if flipped else p) - 2 for n, p in zip(x.shape[2:], padding, strict=True))
-    roles = weight.shape[:2] if flipped else weight.shape[1::-1]
-    if not x.numel() or min(height, width) < 1:
+    channels, results = weight.shape[:2] if flipped else weight.shape[1::-1]
+    pads = [2 - p for p in padding] if flipped else padding
+    size = result_size(x, pads)
+    if x.shape[1] != channels or not x.numel() or min(size) < 1:
         return False
-    tiles = x.shape[0] * -(-height // 2) * -(-width // 2)
-    return tiles >= PACKED_FOR and pays(*roles) and fits(height, width)
+    return _tiles(x, pads) >= PACKED_FOR and pays(channels, results) and fits(*size)
