@@ -195,6 +195,17 @@ def test_info_describes_this_process():
     assert json.loads(json.dumps(info)) == info
 
 
+def test_ops_of_the_cpu_alone_are_not_missing_on_a_gpu(monkeypatch):
+    missing = set(_backend.CPU_ONLY)
+    monkeypatch.setattr(_backend, "missing_extension", None)
+    monkeypatch.setattr(
+        _backend, "_served_by", lambda op, key, native: "reference" if op in missing else native
+    )
+    assert _backend.CPU_ONLY <= OPS and convviz_cuda.info()["reason"] is None
+    missing.add("relu")
+    assert convviz_cuda.info()["reason"] is not None
+
+
 def test_no_kernel_is_claimed_that_is_not_registered():
     """info() against the dispatcher's own dump of an op's kernels."""
     for name, served in convviz_cuda.info()["ops"].items():

@@ -708,7 +708,10 @@ def test_doctor_says_when_native_cannot_be_had(monkeypatch, backend, cpu, gpus, 
         "versions": {"torch": "2.13.0"},
         "build": {},
         "devices": {"cpu_threads": 2, "cuda": gpus},
-        "ops": {"relu": {"cpu": cpu, "cuda": "reference"}},
+        "ops": {
+            "relu": {"cpu": cpu, "cuda": "reference"},
+            "winograd_conv2d": {"cpu": "c++", "cuda": "reference"},  # nothing calls it on a GPU
+        },
         "reason": "The extension was not built.",
     }
     monkeypatch.setattr(convviz_cuda, "info", lambda: facts)

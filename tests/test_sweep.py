@@ -927,6 +927,23 @@ def test_models_for_one_image_and_in_training_mode():
     assert torch.equal(ours[1].running_mean, theirs[1].running_mean)
 
 
+class Flat(nn.Module):
+    """Reads the pixels as they lie in memory, which channels_last images refuse."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3 * 12 * 12, 4).double()
+
+    def forward(self, x):
+        return self.fc(x.view(len(x), -1))
+
+
+def test_a_model_that_does_not_bear_channels_last():
+    torch.manual_seed(0)
+    model, x = Flat().eval(), images(2, 3, 12, 12)
+    close(occlusion_sweep(model, x, 4, 4).scores(), brute_force(model, x, 4, 4))
+
+
 def test_threads_of_later_threads():
     before, seen = torch.get_num_threads(), []
 

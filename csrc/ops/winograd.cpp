@@ -2,23 +2,15 @@
 
 #include <optional>
 
-#include "ops/tensor.h"
+#include "ops/winograd.h"
 
 namespace convviz {
 namespace {
 
 Tensor winograd_input(Tensor x, std::vector<int64_t> padding) {
   const char* op = "winograd_input";
-  const ImageLayout layout = image_layout(x, op, "x");
+  const auto [height, width] = convolved_size(x, padding, op);
   const std::vector<int64_t> size = sizes_of(x);
-  // A single channel or pixel makes a tensor both; contiguous is then the same memory.
-  STD_TORCH_CHECK(
-      layout == ImageLayout::kChannelsLast || size[1] == 1 || size[2] * size[3] == 1 || x.numel() == 0, op,
-      ": x must be channels_last.");
-  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op,
-                  ": padding must be two integers.");
-  const int64_t height = size[2] + 2 * padding[0] - 2, width = size[3] + 2 * padding[1] - 2;
-  STD_TORCH_CHECK(height >= 1 && width >= 1, op, ": the input with its padding must be at least 3x3.");
   const int64_t rows = ceil_div(height, 2), cols = ceil_div(width, 2), tiles = size[0] * rows * cols;
   Tensor out = empty_strided({tiles, 16, size[1]}, {16 * size[1], size[1], 1}, x.scalar_type(), x);
   if (out.numel() == 0) return out;

@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "ops/tensor.h"
+#include "ops/winograd.h"
 
 namespace convviz {
 namespace {
@@ -11,16 +11,11 @@ namespace {
 Tensor winograd_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t results,
                        std::vector<int64_t> padding, double low, double high) {
   const char* op = "winograd_conv2d";
-  const ImageLayout layout = image_layout(x, op, "x");
+  const auto [height, width] = convolved_size(x, padding, op);
   const std::vector<int64_t> size = sizes_of(x);
-  STD_TORCH_CHECK(
-      layout == ImageLayout::kChannelsLast || size[1] == 1 || size[2] * size[3] == 1 || x.numel() == 0, op,
-      ": x must be channels_last.");
   STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float &&
                       weight.scalar_type() == torch::headeronly::ScalarType::Float,
                   op, ": x and weight must be float32.");
-  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op,
-                  ": padding must be two integers.");
   STD_TORCH_CHECK(results >= 0 && weight.dim() == 4 && weight.is_contiguous() &&
                       weight.size(0) == ceil_div(results, kWinogradBlock) && weight.size(1) == 16 &&
                       weight.size(2) == size[1] && weight.size(3) == kWinogradBlock,
@@ -30,8 +25,6 @@ Tensor winograd_conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, int6
                         bias->scalar_type() == x.scalar_type(),
                     op, ": bias must be contiguous, one a result, float32.");
   }
-  const int64_t height = size[2] + 2 * padding[0] - 2, width = size[3] + 2 * padding[1] - 2;
-  STD_TORCH_CHECK(height >= 1 && width >= 1, op, ": the input with its padding must be at least 3x3.");
   const std::vector<int64_t> shape{size[0], results, height, width};
   Tensor out = empty_strided(shape, image_strides(shape, ImageLayout::kChannelsLast), x.scalar_type(), x);
   if (out.numel() == 0) return out;
