@@ -478,8 +478,9 @@ def test_double_backward_autocast_and_other_layouts_keep_the_librarys_convolutio
     model(x)
     with convviz_cuda.backward_rule("gradient"):
         model(x.requires_grad_())  # contiguous
+    first, maps = model[2], torch.ones(2, 32, 20, 20).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16), convviz_cuda.backward_rule("gradient"):
-        model(x.contiguous(memory_format=torch.channels_last))
+        assert first(maps.requires_grad_()).dtype == torch.bfloat16
     assert not calls
     x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     gradients = []
