@@ -2,7 +2,7 @@
 
 ``results.jsonl`` holds one row a line and names the files beside it. A file appears under its name only when
 it is complete, and a row only after its files, so a job may be stopped at any moment, by any means, and
-started again: what has a row is done.
+started again: what has a row is done. Several processes may write into one folder at the same time.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process at a time
+    fcntl = None
 
 
 def image_state(path: Path) -> list[int]:
@@ -45,43 +51,41 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 class Journal:
     """``results.jsonl`` of a folder. Rows are dicts with "id" (what was asked), "image_state" and "files".
 
-    A later row of an id replaces an earlier one. Nothing is created before the first ``append``. A last line
-    that an interruption left incomplete is dropped; any other unreadable line raises ValueError.
+    A later row of an id replaces an earlier one. Nothing is created before the first ``append`` or ``claim``. A last
+    line that an interruption left incomplete, which has no line end, is dropped; any other unreadable line raises
+    ValueError. Other processes may append, claim and compact in the same folder meanwhile: ``.results.names`` is
+    locked for each change, and holds the names that were claimed.
     """
 
     folder: Path
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _end: int = 0  # length of the readable part of the file
-    _lines: int = 0
-    _unended: bytes = b""  # a complete last row that lacks its line end
     _owners: dict[str, str] = field(default_factory=dict)
+    _names_read: int = 0  # bytes of .results.names
 
     @property
     def path(self) -> Path:
         return self.folder / "results.jsonl"
 
     def __post_init__(self) -> None:
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        lines = data.splitlines(keepends=True)
+        self._read()
+
+    def _read(self) -> int:
+        """Take in the rows of the file, and return how many lines hold one."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        if lines and _is_torn(lines[-1]):
+            lines.pop()
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 identity, files = row["id"], row["files"]
                 owned = dict.fromkeys(files.values(), identity)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if number == len(lines):
-                    break
                 raise ValueError(
                     f"Line {number} of {self.path} is not a row of results; move the file away."
                 ) from error
             self.rows[identity] = row
             self._owners.update(owned)
-            self._end += len(line)
-            self._lines += 1
-        if self._lines and not data[: self._end].endswith(b"\n"):
-            self._lines -= 1
-            self._end -= len(lines[self._lines])
-            self._unended = lines[self._lines] + b"\n"  # is written again with the next row
+        return len(lines)
 
     def done(self, identity: str, state: list[int]) -> bool:
         """Whether there is a row of this id, about the image as it is now, with all of its files."""
@@ -94,35 +98,78 @@ class Journal:
 
     def claim(self, name: str, identity: str) -> str:
         """A relative file name for this id: ``name``, or one with the id in it if another id has that."""
-        if self._owners.setdefault(name, identity) == identity:
+        if self._owners.get(name) == identity:
             return name
-        stem, dot, suffix = name.rpartition(".")
-        name = f"{stem}-{identity[:8]}{dot}{suffix}"
+        with self._locked() as names:
+            # Ids whose rows are still to come, here or in another process.
+            names.seek(self._names_read)
+            for line in names.read().split(b"\n"):
+                with suppress(ValueError):  # an interruption left it incomplete
+                    taken, owner = json.loads(line)
+                    self._owners.setdefault(taken, owner)
+            if self._owners.get(name, identity) != identity:
+                stem, dot, suffix = name.rpartition(".")
+                name = f"{stem}-{identity[:8]}{dot}{suffix}"
+            if self._owners.get(name) != identity:
+                # The line end comes first: it also ends what was left incomplete.
+                names.write(b"\n" + json.dumps([name, identity]).encode())
+            self._names_read = names.tell()
         self._owners[name] = identity
         return name
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row, in one write."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        line = self._unended + _line(row)
-        with open(self.path, "ab") as file:
-            if file.tell() != self._end:  # the torn tail of an interrupted write
-                file.truncate(self._end)
+        line = _line(row)
+        with self._locked(), open(self.path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    line = _end_last_line(file) + line
             file.write(line)
-        self._unended = b""
-        self._end += len(line)
-        self._lines += line.count(b"\n")
         self.rows[row["id"]] = row
         self._owners.update(dict.fromkeys(row["files"].values(), row["id"]))
 
     def compact(self) -> None:
         """Rewrite the file without replaced rows, if there are any."""
-        if self._lines + bool(self._unended) > len(self.rows):
-            text = b"".join(map(_line, self.rows.values()))
-            write_atomically(self.path, lambda file: file.write(text))
-            self._end, self._lines, self._unended = len(text), len(self.rows), b""
+        if not self.path.is_file():
+            return
+        with self._locked():
+            if self._read() > len(self.rows):  # with what other processes have added
+                text = b"".join(map(_line, self.rows.values()))
+                write_atomically(self.path, lambda file: file.write(text))
+
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        """The file of names, while no other process changes the folder (where the file system has locks)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".results.names", "a+b") as names:
+            if fcntl is not None:
+                with suppress(OSError):
+                    fcntl.flock(names, fcntl.LOCK_EX)  # until it is closed
+            yield names
 
 
 def _line(row: dict[str, Any]) -> bytes:
     # ASCII, since a file name may hold bytes that are no UTF-8; they come as lone surrogates.
     return json.dumps(row).encode() + b"\n"
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether an interruption left this last line incomplete: no line end, and no part of a row is whole JSON."""
+    if line.endswith(b"\n"):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
+def _end_last_line(file: BinaryIO) -> bytes:
+    """The line end that a whole last row lacks; an incomplete one is cut off."""
+    file.seek(0)
+    last = file.read().splitlines(keepends=True)[-1]
+    if not _is_torn(last):
+        return b"\n"
+    file.truncate(file.tell() - len(last))
+    return b""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from convviz_cuda import journal as journal_module
 from convviz_cuda.batch import ImageError, Job, Result, find_images
 from convviz_cuda.journal import Journal, digest, image_state, write_atomically
 
@@ -110,7 +114,7 @@ def test_journal_knows_what_is_done(tmp_path):
     assert not journal.done("a", [1, 2])  # its picture was deleted
 
 
-@pytest.mark.parametrize("tail", [b'{"id": "b", "image_st', b'{"id": "b"}', b"\x00\x00", b"\xff\n", b"[]\n"])
+@pytest.mark.parametrize("tail", [b'{"id": "b", "image_st', b'{"id": "b"', b"\x00\x00", b"\xff"])
 def test_a_torn_last_line_is_dropped(tmp_path, tail):
     Journal(tmp_path).append(row("a"))
     whole = (tmp_path / "results.jsonl").read_bytes()
@@ -131,12 +135,104 @@ def test_a_last_row_without_its_line_end_is_kept(tmp_path):
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "c", "d"]
 
 
-def test_a_foreign_file_is_refused_and_left_alone(tmp_path):
+@pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2}\n', '{"a": 1}\n', '{"a": 1}', "[]\n", "loss 0.1\n"])
+def test_a_foreign_file_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "results.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n')
+    path.write_text(text)
     with pytest.raises(ValueError, match="Line 1 of"):
         Journal(tmp_path)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert path.read_text() == text
+
+
+def test_a_foreign_last_line_is_refused(tmp_path):
+    Journal(tmp_path).append(row("a"))
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"loss": 1}\n')
+    with pytest.raises(ValueError, match="Line 2 of"):
+        Journal(tmp_path)
+
+
+# Several processes ----------------------------------------------------------------------
+
+
+def test_two_journals_of_one_folder_lose_no_row(tmp_path):
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    for journal, identity in ((first, "a1"), (first, "a2"), (second, "b1"), (first, "a3"), (second, "b2")):
+        journal.append(row(identity))
+    first.append(row("a1", (3, 4)))
+    second.compact()
+    first.append(row("a4"))
+    first.compact()
+    found = Journal(tmp_path).rows
+    assert sorted(found) == ["a1", "a2", "a3", "a4", "b1", "b2"]
+    assert found["a1"] == row("a1", (3, 4))
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_two_journals_of_one_folder_never_share_a_file(tmp_path):
+    """Neither knows the other's row: it comes after the files."""
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    assert first.claim("cat.png", "1234567890") == "cat.png"
+    with open(tmp_path / ".results.names", "ab") as file:
+        file.write(b'\n["dog.png", "12')  # what an interruption left
+    assert second.claim("cat.png", "abcdefghij") == "cat-abcdefgh.png"
+    assert second.claim("dog.png", "abcdefghij") == "dog.png"
+    assert first.claim("cat.png", "1234567890") == "cat.png"
+    assert first.claim("dog.png", "1234567890") == "dog-12345678.png"
+    assert Journal(tmp_path).claim("cat.png", "1234567890") == "cat.png"  # a run that goes on
+
+
+def test_what_another_process_is_writing_is_no_torn_line(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    journal = Journal(tmp_path)
+    journal.append(row("a", (0, 0)))  # something to compact
+    journal.append(row("a"))
+    for number, change in enumerate((lambda: journal.append(row("b")), journal.compact)):
+        with open(tmp_path / ".results.names", "ab") as lock, open(journal.path, "ab", buffering=0) as file:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            line = json.dumps(row(f"other{number}")).encode() + b"\n"
+            file.write(line[:10])
+            thread = threading.Thread(target=change)
+            thread.start()
+            thread.join(0.2)  # long enough to come to the lock
+            file.write(line[10:])
+        thread.join()
+    assert sorted(Journal(tmp_path).rows) == ["a", "b", "other0", "other1"]
+
+
+def test_processes_that_append_and_compact_at_once(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from convviz_cuda.journal import Journal
+folder, name = Path(sys.argv[1]), sys.argv[2]
+journal = Journal(folder)
+for i in range(60):
+    for state in ([1, 2], [3, 4]):
+        journal.append({"id": f"{name}{i}", "image_state": state, "files": {}})
+    if i % 7 == 0:
+        journal.compact()
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(journal_module.__file__).parents[1]), *sys.path]),
+    }
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    running = [subprocess.Popen([*command, name], env=environment) for name in "ab"]
+    assert [process.wait(120) for process in running] == [0, 0]
+    rows = Journal(tmp_path).rows
+    assert sorted(rows) == sorted(f"{name}{i}" for name in "ab" for i in range(60))
+    assert all(row["image_state"] == [3, 4] for row in rows.values())
+
+
+def test_without_locks_a_journal_works_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "fcntl", None)
+    journal = Journal(tmp_path)
+    assert journal.claim("a.png", "a") == "a.png"
+    for state in ((1, 1), (2, 2)):
+        journal.append(row("a", state))
+    journal.compact()
+    assert Journal(tmp_path).rows == {"a": row("a", (2, 2))}
 
 
 def test_later_rows_replace_earlier_ones(tmp_path):

@@ -579,6 +579,25 @@ def test_an_out_folder_with_somebody_elses_results_is_refused(work):
     assert (work / "out" / "results.jsonl").read_text() == '{"loss": 1}\n{"loss": 2}\n'
 
 
+def test_two_runs_into_one_folder_lose_nothing(work):
+    command = [
+        sys.executable, "-m", "convviz_cuda.cli", "attribute", "photos", "--model", "net.py:net", "--out", "out",
+        "--resize", "36", "--crop", "32", "--batch-size", "1", "--method", "saliency", "--target",
+    ]  # fmt: skip
+    running = [
+        subprocess.Popen([*command, target], cwd=work, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        for target in "01"
+    ]
+    for process in running:
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0 and "3 maps written" in output
+    found = rows(work)
+    assert sorted(row["target"]["index"] for row in found) == [0, 0, 0, 1, 1, 1]
+    for row in found:  # each map is the row's own
+        with safe_open(work / "out" / row["files"]["map"], "pt") as file:
+            assert json.loads(file.metadata()["target"]) == row["target"]
+
+
 def test_memory_that_does_not_suffice_halves_the_batch(work, monkeypatch):
     scores = explain.Explainer._scores
 
