@@ -81,7 +81,7 @@ class Outcome:
 class Job(Generic[Item, Value]):
     """Reads items ahead in threads, works on batches in this thread, writes files in threads, appends rows.
 
-    read: item -> value; an OSError, ValueError or ImageError fails that item only.
+    read: item -> value; an OSError, ValueError, ImageError or MemoryError fails that item only.
     work: list of (item, value) -> results, for values of one ``group``; an ImageError fails those items only,
         anything else ends the job, after what was worked out has been stored.
     on_item, on_failure: called in this thread after an item's rows are in the journal, or it has failed.
@@ -146,6 +146,9 @@ class Job(Generic[Item, Value]):
                 value = future.result()
             except (OSError, ValueError, ImageError) as error:
                 self._fail(outcome, item, str(error))
+                continue
+            except MemoryError:
+                self._fail(outcome, item, "There is not enough memory to read it.")
                 continue
             batch = groups.setdefault(self.group(value), [])
             batch.append((item, value))

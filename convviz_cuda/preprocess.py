@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_SIDE = 10_000  # pixels of resize and crop: 1.2 GB of float32 in colour
+MOST_PIXELS = MOST_SIDE**2  # of a picture as the network sees it
+WHOLE = 1 << 24  # pixels up to which a picture is resized as a whole, whatever the crop leaves of it
 
 
 def open_image(path: str | Path) -> Image:
@@ -71,7 +74,7 @@ class Preprocess:
     resize: length of the short side in pixels (bilinear with antialiasing), None to keep the size.
     crop: side of the centred square, None for the whole picture. A smaller picture is padded with black.
     mean, std: per channel, in 0..1; three of them for colour, one for a network that takes grey pictures.
-    Raises ValueError for values that make no sense.
+    Raises ValueError for values that make no sense: sizes are of 1 to 10,000 pixels.
     """
 
     resize: int | None = 256
@@ -83,6 +86,8 @@ class Preprocess:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} is a number of pixels, at least 1, but it is {size}.")
+            if size is not None and size > MOST_SIDE:
+                raise ValueError(f"{name} is a number of pixels, at most {MOST_SIDE}, but it is {size}.")
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise ValueError(
                 "mean and std hold three numbers for colour or one for grey each, but they hold "
@@ -92,26 +97,46 @@ class Preprocess:
             raise ValueError(f"std must be positive, but it is {', '.join(map(str, self.std))}.")
 
     def picture(self, image: Image) -> Image:
-        """What the network will see, before normalisation: mode RGB (or L for one channel)."""
+        """What the network will see, before normalisation: mode RGB (or L for one channel).
+
+        Raises ValueError for a picture that is too large without a crop.
+        """
         from PIL import Image as images
 
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
+        width, height = image.size
         if self.resize is not None:
-            width, height = image.size
             short = min(width, height)
-            size = (max(1, int(self.resize * width / short)), max(1, int(self.resize * height / short)))
-            if size != image.size:
-                image = image.resize(size, images.Resampling.BILINEAR)
-        if self.crop is not None:
-            width, height = image.size
-            # crop() pads with black where the box leaves the picture. The halves of odd margins fall where
-            # torchvision's do: round() to even inside, the smaller half first outside.
-            left, top = (
-                -((self.crop - extent) // 2) if extent < self.crop else round((extent - self.crop) / 2)
-                for extent in (width, height)
+            width, height = (max(1, int(self.resize * extent / short)) for extent in (width, height))
+        if self.crop is None and width * height > MOST_PIXELS:
+            raise ValueError(
+                f"The picture would have {width} x {height} pixels, more than {MOST_PIXELS}: crop it or resize it."
             )
-            image = image.crop((left, top, left + self.crop, top + self.crop))
-        return image
+        if (width, height) != image.size and (self.crop is None or width * height <= WHOLE):
+            image = image.resize((width, height), images.Resampling.BILINEAR)
+        if self.crop is None:
+            return image
+        # The crop is padded with black where it leaves the picture. The halves of odd margins fall where
+        # torchvision's do: round() to even inside, the smaller half first outside.
+        left, top = (
+            -((self.crop - extent) // 2) if extent < self.crop else round((extent - self.crop) / 2)
+            for extent in (width, height)
+        )
+        if (width, height) == image.size:
+            return image.crop((left, top, left + self.crop, top + self.crop))
+        # Long and thin: the rest of it, which nobody will see, may not fit into memory.
+        x, y = max(0, left), max(0, top)
+        wide, high = min(self.crop, width), min(self.crop, height)
+        across, down = image.width / width, image.height / height
+        box = (
+            x * across,
+            y * down,
+            min(image.width, (x + wide) * across),
+            min(image.height, (y + high) * down),
+        )
+        shown = images.new(image.mode, (self.crop, self.crop))
+        shown.paste(image.resize((wide, high), images.Resampling.BILINEAR, box), (x - left, y - top))
+        return shown
 
     def tensor(self, picture: Image) -> torch.Tensor:
         """Float32 [C, H, W], normalised, of what ``picture`` returned."""

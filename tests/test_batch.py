@@ -374,6 +374,21 @@ def test_a_broken_item_fails_alone(tmp_path, error):
     assert outcome.failed == squares.failures == [(1, "1 is broken."), (4, "4 is broken.")]
 
 
+def test_an_item_that_memory_does_not_suffice_for_fails_alone(tmp_path):
+    squares = Squares(tmp_path)
+    read = squares.job.read
+
+    def large(item):
+        if item == 1:
+            raise MemoryError  # has no text
+        return read(item)
+
+    squares.job.read = large
+    outcome = squares.job.run(range(6))
+    assert stored(tmp_path) == [0, 2, 3, 4, 5]
+    assert outcome.failed == [(1, "There is not enough memory to read it.")]
+
+
 def test_a_broken_batch_fails_what_it_did_not_give(tmp_path):
     class Broken(Squares):
         def work(self, batch):

@@ -491,9 +491,25 @@ def test_a_picture_too_small_for_the_model_is_skipped(work):
     assert [Path(row["image"]).name for row in rows(work)] == ["a.png", "c.png"]
 
 
+def test_a_long_thin_picture_is_an_image_like_others(work, monkeypatch):
+    resize = Image.Image.resize
+
+    def limited(self, size, *arguments):
+        if size[0] * size[1] > 1 << 26:
+            raise MemoryError
+        return resize(self, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", limited)
+    Image.new("RGB", (40000, 1), "blue").save(work / "photos" / "b.png")
+    result = attribute(work, "--method", "saliency", "--resize", 256)
+    assert result.exit_code == 0, result.output
+    assert [r["image_size"] for r in rows(work)] == [[40, 60], [50, 50], [1, 40000], [64, 40]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--resize", "100000000"], "resize is a number of pixels, at most 10000"),
         (["--method", "salience"], "no method 'salience'; did you mean saliency?"),
         (["--method", ","], "--method names none of saliency"),
         (["--target", "cat"], "--target is pred or the index of a class, but it is 'cat'"),

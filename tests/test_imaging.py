@@ -285,6 +285,36 @@ def test_crop_pads_small_pictures_with_black():
     assert np.flatnonzero(shown.any(0)).tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("crop", [32, 81, 96])  # 96 is padded
+@pytest.mark.parametrize("size", [(9000, 3), (3, 9000)])
+def test_of_a_long_thin_picture_only_what_the_crop_shows_is_resized(size, crop, monkeypatch):
+    pixels = np.random.default_rng(3).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    large = tuple(80 * extent // 3 for extent in size)
+    left, top = (-((crop - extent) // 2) if extent < crop else round((extent - crop) / 2) for extent in large)
+    whole = image.resize(large, Image.Resampling.BILINEAR).crop((left, top, left + crop, top + crop))
+    resize, sizes = Image.Image.resize, []
+
+    def watched(self, size, *arguments):
+        sizes.append(size)
+        return resize(self, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    shown = np.asarray(Preprocess(80, crop).picture(image), np.int16)
+    assert max(map(max, sizes)) <= crop
+    # Pillow keeps the corners of a part in float32; a pixel further the noise differs by 9.
+    assert np.abs(shown - np.asarray(whole, np.int16)).max() <= 1
+
+
+def test_pictures_and_sizes_that_are_too_large_are_refused():
+    thin = Image.new("RGB", (40000, 1))
+    with pytest.raises(ValueError, match=r"would have 10240000 x 256 pixels"):
+        Preprocess(256, None).picture(thin)
+    for sizes, name in (((10_001, 224), "resize"), ((256, 10_001), "crop")):
+        with pytest.raises(ValueError, match=f"{name} is a number of pixels, at most 10000, but it is 10001"):
+            Preprocess(*sizes)
+
+
 def test_no_resize_no_crop_and_one_channel():
     image = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 0]]], np.uint8))
     preprocess = Preprocess(None, None, (0.5,), (0.5,))
