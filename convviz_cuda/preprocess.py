@@ -6,6 +6,7 @@ weights trained for it see what they expect, without torchvision.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,8 +94,10 @@ class Preprocess:
                 "mean and std hold three numbers for colour or one for grey each, but they hold "
                 f"{len(self.mean)} and {len(self.std)}."
             )
-        if not all(s > 0 for s in self.std):
-            raise ValueError(f"std must be positive, but it is {', '.join(map(str, self.std))}.")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must be finite, but it is {', '.join(map(str, self.mean))}.")
+        if not all(0 < s < math.inf for s in self.std):
+            raise ValueError(f"std must be positive and finite, but it is {', '.join(map(str, self.std))}.")
 
     def picture(self, image: Image) -> Image:
         """What the network will see, before normalisation: mode RGB (or L for one channel).

@@ -51,6 +51,18 @@ class Slow(nn.Module):
         time.sleep(0.3)
         return self.net(x)
 
+class Numbers(nn.Module):
+    # Scores of white pictures are NaN, of black ones infinite; class 0 is ruled out.
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        mean = x.mean((1, 2, 3))
+        scores = self.net(x) + torch.where(mean > 2, torch.nan, 0.0)[:, None]
+        scores = scores + torch.where(mean < -1.9, torch.inf, 0.0)[:, None]
+        return torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], 1)
+
 class Twins(nn.Module):
     def forward(self, x):
         return x.mean((2, 3)), x
@@ -484,6 +496,19 @@ def test_a_broken_image_is_reported_and_skipped(work):
     assert "1 map written" in result.output and "there already: 2" in result.output
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_scores_that_are_no_numbers_are_reported_and_their_images_skipped(work, batch_size):
+    Image.new("RGB", (40, 40), "white").save(work / "photos" / "a.png")
+    Image.new("RGB", (40, 40), "black").save(work / "photos" / "d.png")
+    model = ("--model", f"{work / 'net.py'}:Numbers")
+    result = attribute(work, *model, "--method", "saliency", "--batch-size", batch_size)
+    assert result.exit_code == 1
+    for name in ("a.png", "d.png"):
+        assert f"{name} is skipped: The model gives it scores that are not finite" in result.output
+    assert [Path(row["image"]).name for row in rows(work)] == ["b.jpg", "c.png"]
+    assert all(row["prediction"]["index"] > 0 and row["map_range"][1] > 0 for row in rows(work))
+
+
 def test_a_picture_too_small_for_the_model_is_skipped(work):
     Image.new("RGB", (7, 7)).save(work / "photos" / "b.jpg")
     result = attribute(work, "--resize", 0, "--crop", 0, "--method", "saliency")
@@ -557,11 +582,13 @@ def test_a_long_thin_picture_is_an_image_like_others(work, monkeypatch):
         (["--device", "meta"], "--device is auto, cpu, cuda or cuda:N, but it is 'meta'"),
         (["--dtype", "int8"], "--dtype is one of float32"),
         (["--mean", "0.5,x,0.5"], "--mean holds numbers with commas"),
+        (["--mean", "nan,0,0"], "mean must be finite, but it is nan, 0.0, 0.0"),
+        (["--std", "inf,1,1"], "std must be positive and finite, but it is inf, 1.0, 1.0"),
         (["--std", "1,1"], "mean and std hold three numbers"),
         (["--crop", "-3"], "crop is a number of pixels"),
         (["--weights", "nowhere.pt"], "no weights file 'nowhere.pt'"),
         (["--labels", "nowhere.txt"], "no labels file 'nowhere.txt'"),
-        (["--labels", "{work}/net.py"], "--labels names 24 classes, but the model has 5"),
+        (["--labels", "{work}/net.py"], "--labels names 36 classes, but the model has 5"),
         (["--model", "net"], "A model is named as"),
         (
             ["--model", "{work}/net.py:Twins"],

@@ -336,6 +336,14 @@ class Planes(Twins):
     def forward(self, x):
         return x
 
+class Nan(Twins):
+    def forward(self, x):
+        return x.mean((2, 3)) * float("nan")
+
+class NoClass(Twins):
+    def forward(self, x):
+        return x.mean((2, 3))[:, :0]
+
 class Means(Twins):
     def forward(self, x):
         return x.mean((2, 3))
@@ -375,6 +383,7 @@ def photographs(folder: Path, model: str, out: Path, *more: object):
         ("Alone", SIZED, "but it gave (3,)"),
         ("Together", SIZED, "but it gave (1, 3)"),
         ("Planes", SIZED, "but it gave (3, 3, 8, 8)"),
+        ("Nan", SIZED, "scores are not finite (NaN or infinite) for images (3, 3, 8, 8), torch.float32."),
         ("half", SIZED, "(3, 3, 8, 8), torch.float32, as --mean and --std give them"),
         ("net", (*SIZED, "--mean", "0.5", "--std", "0.5"), "(3, 1, 8, 8), torch.float32, as --mean"),
         ("net", ("--resize", 0, "--crop", 0), "--resize and --crop give them one size"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -348,6 +350,10 @@ def test_equal_to_torchvision(size, resize, crop):
         ({"resize": 0}, "resize.*0"),
         ({"crop": -1}, "crop.*-1"),
         ({"mean": (0.5, 0.5)}, "2 and 3"),
+        ({"mean": (0.5, math.nan, 0.5)}, "mean must be finite, but it is 0.5, nan, 0.5"),
+        ({"mean": (math.inf, 1.0, 1.0)}, "mean must be finite"),
+        ({"std": (math.inf, 1.0, 1.0)}, "std must be positive and finite, but it is inf, 1.0, 1.0"),
+        ({"std": (1.0, 1.0, math.nan)}, "std must be positive and finite"),
         ({"std": (1.0, 0.0, 1.0)}, "positive"),
     ],
 )

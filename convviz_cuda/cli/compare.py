@@ -226,6 +226,8 @@ def _predicted(model: nn.Module, images: Tensor, batch_size: int) -> list[int]:
         if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != len(part):
             what = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise ValueError(f"The model must give scores (N, classes) {about} but it gave {what}.")
+        if not scores.double().softmax(1).isfinite().all():
+            raise ValueError(f"The model's scores are not finite (NaN or infinite) {about[:-1]}.")
         found += scores.argmax(1).tolist()
     return found
 

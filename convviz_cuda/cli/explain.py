@@ -77,7 +77,7 @@ class Explainer:
         return Pixels(shown, self.request.preprocess.tensor(picture), (image.height, image.width))
 
     def work(self, batch: list[tuple[Task, Pixels]]) -> Iterator[tuple[Task, list[Result]]]:
-        start = 0
+        start, left_out = 0, 0
         while start < len(batch):
             part = batch[start : start + self._most]
             try:
@@ -91,14 +91,25 @@ class Explainer:
                 say(f"{device} has no memory for {len(part)} images at once; trying {self._most}.")
                 continue
             start += len(part)
+            left_out += len(part) - len(results)
             yield from results
+        if left_out:
+            raise ImageError("The model gives it scores that are not finite (NaN or infinite).")
 
     def _results(self, batch: list[tuple[Task, Pixels]]) -> list[tuple[Task, list[Result]]]:
+        """Those of the images whose scores are numbers."""
         inputs = torch.stack([pixels.inputs for _, pixels in batch]).to(self.request.device, self.dtype)
         scores = self._scores(inputs)
+        self._check_classes(scores.shape[1])
+        # Not of the scores: a model may rule classes out with minus infinity.
+        finite = scores.softmax(1).isfinite().all(1)
+        if not finite.all():
+            batch = [entry for entry, ok in zip(batch, finite.tolist(), strict=True) if ok]
+            inputs, scores = inputs[finite], scores[finite]
+            if not batch:
+                return []
         probabilities = scores.softmax(1)
         predicted = scores.argmax(1).tolist()
-        self._check_classes(scores.shape[1])
         target = self.request.target
         targets = predicted if target is None else [target % scores.shape[1]] * len(batch)
         rows: list[list[Result]] = [[] for _ in batch]
