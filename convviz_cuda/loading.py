@@ -177,6 +177,10 @@ def fitting_state(model: nn.Module, state: Any, called: str) -> dict[str, torch.
             )
             + "."
         )
+    for name, tensor in state.items():
+        what = _unlike_numbers(tensor, own[name])
+        if what:
+            raise ValueError(f"The {called} do not fit the model: {name} is {what}.")
     shapes = [
         f"{n} is {list(state[n].shape)} there and {list(own[n].shape)} in the model"
         for n in own
@@ -187,12 +191,25 @@ def fitting_state(model: nn.Module, state: Any, called: str) -> dict[str, torch.
     return {n: t.to(own[n].dtype) for n, t in state.items()}
 
 
+def _unlike_numbers(tensor: torch.Tensor, own: torch.Tensor) -> str | None:
+    """What keeps a tensor from being cast to the model's own, if anything."""
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_quantized and not own.is_quantized:
+        return "quantised, which the model's is not"
+    if tensor.layout is not own.layout:
+        return f"{tensor.layout} there and {own.layout} in the model"
+    if tensor.is_complex() and not own.is_complex():
+        return "complex, which the model's is not"
+    return None
+
+
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in a file, out of its wrappers. Same errors as ``load_weights``."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no weights file {str(path)!r}.")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

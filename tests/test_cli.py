@@ -63,6 +63,10 @@ class Numbers(nn.Module):
         scores = scores + torch.where(mean < -1.9, torch.inf, 0.0)[:, None]
         return torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], 1)
 
+class NoClass(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))[:, :0]
+
 class Twins(nn.Module):
     def forward(self, x):
         return x.mean((2, 3)), x
@@ -588,11 +592,15 @@ def test_a_long_thin_picture_is_an_image_like_others(work, monkeypatch):
         (["--crop", "-3"], "crop is a number of pixels"),
         (["--weights", "nowhere.pt"], "no weights file 'nowhere.pt'"),
         (["--labels", "nowhere.txt"], "no labels file 'nowhere.txt'"),
-        (["--labels", "{work}/net.py"], "--labels names 36 classes, but the model has 5"),
+        (["--labels", "{work}/net.py"], "--labels names 40 classes, but the model has 5"),
         (["--model", "net"], "A model is named as"),
         (
             ["--model", "{work}/net.py:Twins"],
             "should give class scores [3, classes], but the output is tuple",
+        ),
+        (
+            ["--model", "{work}/net.py:NoClass"],
+            "should give class scores [3, classes], but the output is [3, 0]",
         ),
         (["--mean", "0.5", "--std", "0.5"], "The model cannot take an input [3, 1, 32, 32]"),
         (["--model", "torchvision:resnet18"], "torchvision"),

@@ -383,6 +383,7 @@ def photographs(folder: Path, model: str, out: Path, *more: object):
         ("Alone", SIZED, "but it gave (3,)"),
         ("Together", SIZED, "but it gave (1, 3)"),
         ("Planes", SIZED, "but it gave (3, 3, 8, 8)"),
+        ("NoClass", SIZED, "but it gave (3, 0)"),
         ("Nan", SIZED, "scores are not finite (NaN or infinite) for images (3, 3, 8, 8), torch.float32."),
         ("half", SIZED, "(3, 3, 8, 8), torch.float32, as --mean and --std give them"),
         ("net", (*SIZED, "--mean", "0.5", "--std", "0.5"), "(3, 1, 8, 8), torch.float32, as --mean"),

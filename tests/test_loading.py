@@ -200,6 +200,43 @@ def test_state_dicts_are_checked_strictly(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def quantised(tensor):
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda t: t.to("meta"), "0.weight is on the meta device, without values"),
+        (lambda t: t.to_sparse(), "0.weight is torch.sparse_coo there and torch.strided in the model"),
+        (quantised, "0.weight is quantised, which the model's is not"),
+        (lambda t: t.to(torch.complex64), "0.weight is complex, which the model's is not"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(tmp_path, make, words):
+    model = small()
+    before = model[0].weight.clone()
+    torch.save({**model.state_dict(), "0.weight": make(model[0].weight.data + 1)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=f"weights in w.pt do not fit the model: {words}"):
+        load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model[0].weight, before)
+
+
+def test_complex_weights_of_a_complex_model(tmp_path):
+    source, target = (nn.Linear(2, 2, dtype=torch.complex64) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert torch.equal(target.weight, source.weight)
+
+
+def test_a_suffix_in_capitals(tmp_path):
+    source, target = small(), small()
+    source[0].weight.data.add_(1)
+    save_file(source.state_dict(), tmp_path / "W.SAFETENSORS")
+    load_weights(target, tmp_path / "W.SAFETENSORS")
+    assert torch.equal(target[0].weight, source[0].weight)
+
+
 def test_long_lists_are_cut(tmp_path):
     model = nn.Sequential(*[nn.Linear(1, 1) for _ in range(20)])
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")

@@ -223,7 +223,8 @@ def _predicted(model: nn.Module, images: Tensor, batch_size: int) -> list[int]:
             scores = model(part)
         except RuntimeError as error:
             raise ValueError(f"The model fails {about} as --mean and --std give them: {error}") from None
-        if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != len(part):
+        fits = isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(part)
+        if not fits or not scores.shape[1]:
             what = tuple(scores.shape) if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise ValueError(f"The model must give scores (N, classes) {about} but it gave {what}.")
         if not scores.double().softmax(1).isfinite().all():

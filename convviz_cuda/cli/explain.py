@@ -137,7 +137,8 @@ class Explainer:
             raise
         except Exception as error:  # whatever a stranger's model raises
             self._fail(f"The model cannot take an input {list(inputs.shape)}: {_one_line(error)}", error)
-        if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or len(scores) != len(inputs):
+        fits = isinstance(scores, torch.Tensor) and scores.ndim == 2 and len(scores) == len(inputs)
+        if not fits or not scores.shape[1]:
             what = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
             raise Refusal(
                 f"The model should give class scores [{len(inputs)}, classes], but the output is {what}."
