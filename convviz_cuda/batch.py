@@ -34,6 +34,8 @@ def find_images(arguments: Iterable[str | Path], exclude: Path | None = None) ->
     inside = exclude.resolve() if exclude is not None else None
     found: dict[Path, Path] = {}
     for argument in arguments:
+        if argument == "":  # to Path it is the working directory
+            raise FileNotFoundError("An image is named by an empty argument.")
         path = Path(argument)
         if path.is_dir():
             matches = [p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]

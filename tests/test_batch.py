@@ -62,6 +62,7 @@ def test_nothing_found_is_an_error(tmp_path):
         (tmp_path / "nowhere.png", "no file or folder"),
         (tmp_path / "*.png", "matches the pattern"),
         (tmp_path, "no image in the folder"),
+        ("", "empty argument"),
     ):
         with pytest.raises(FileNotFoundError, match=words):
             find_images([argument], exclude=tmp_path / "out")

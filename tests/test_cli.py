@@ -561,7 +561,14 @@ def test_a_long_thin_picture_is_an_image_like_others(work, monkeypatch):
         (["--steps", "-2", "--method", "integrated"], "--steps is a number of steps, but it is -2"),
         (["--noise", "-1", "--method", "vargrad"], "--noise is a part of the image's range, but it is -1"),
         (["--noise", "nan", "--method", "vargrad"], "--noise is a part of the image's range, but it is nan"),
-        (["--seed", "-1", "--method", "rise"], "--seed is not negative, but it is -1"),
+        (["--seed", "-1", "--method", "rise"], "--seed is at least 0 and less than 2**64, but it is -1"),
+        (["--seed", "18446744073709551616", "--method", "rise"], "--seed is at least 0 and less than 2**64"),
+        (
+            ["--method", "gradcam", "--cam-layer", "7"],
+            "Grad-CAM failed for an input [3, 3, 32, 32]: ValueError",
+        ),
+        (["--method", "saliency,gradcam", "--cam-layer", "7"], "Grad-CAM failed for an input [3, 3, 32, 32]"),
+        ([""], "An image is named by an empty argument."),
         (
             ["--layer", "3", "--method", "gradcam"],
             "--layer goes with --method guided or deconvnet, not with gradcam",
@@ -647,6 +654,24 @@ def test_two_runs_into_one_folder_lose_nothing(work):
     for row in found:  # each map is the row's own
         with safe_open(work / "out" / row["files"]["map"], "pt") as file:
             assert json.loads(file.metadata()["target"]) == row["target"]
+
+
+def test_a_method_that_has_worked_before_skips_an_image_only(work, monkeypatch):
+    made = explain.attribute_class
+
+    def moody(method, model, inputs, targets, options):
+        if len(seen) == 1:
+            seen.append(1)
+            raise ValueError("no")
+        seen.append(1)
+        return made(method, model, inputs, targets, options)
+
+    seen: list[int] = []
+    monkeypatch.setattr(explain, "attribute_class", moody)
+    result = attribute(work, "--method", "saliency", "--batch-size", 1)
+    assert result.exit_code == 1
+    assert "b.jpg is skipped: Saliency failed for an input [1, 3, 32, 32]: ValueError: no" in result.output
+    assert [Path(row["image"]).name for row in rows(work)] == ["a.png", "c.png"]
 
 
 def test_memory_that_does_not_suffice_halves_the_batch(work, monkeypatch):

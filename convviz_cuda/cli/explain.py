@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Explainer:
         self.dtype = DTYPES[request.dtype]
         self.model = model.to(request.device, self.dtype).requires_grad_(False)
         self._most = request.batch_size
-        self._seen = False  # whether the model has taken an input yet
+        self._worked: set[str] = set()  # methods that have given a map, and "model" once it has given scores
 
     def read(self, task: Task) -> Pixels:
         image = open_image(task.path)
@@ -112,7 +112,7 @@ class Explainer:
         predicted = scores.argmax(1).tolist()
         target = self.request.target
         targets = predicted if target is None else [target % scores.shape[1]] * len(batch)
-        rows: list[list[Result]] = [[] for _ in batch]
+        made = []
         for method in self.request.methods:
             chosen = [i for i, (task, _) in enumerate(batch) if method.name in task.todo]
             if not chosen:
@@ -120,6 +120,10 @@ class Explainer:
             start = time.perf_counter()
             maps, units = self._maps(method, inputs[chosen], [targets[i] for i in chosen])
             seconds = (time.perf_counter() - start) / len(chosen)
+            made.append((method, chosen, maps, units, seconds))
+        # Not before every method has worked: results claim names in the folder, and a refusal leaves nothing there.
+        rows: list[list[Result]] = [[] for _ in batch]
+        for method, chosen, maps, units, seconds in made:
             for place, i in enumerate(chosen):
                 task, pixels = batch[i]
                 about = {
@@ -136,21 +140,21 @@ class Explainer:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a stranger's model raises
-            self._fail(f"The model cannot take an input {list(inputs.shape)}: {_one_line(error)}", error)
+            sentence = f"The model cannot take an input {list(inputs.shape)}: {_one_line(error)}"
+            raise self._failed(sentence, "model") from error
         fits = isinstance(scores, torch.Tensor) and scores.ndim == 2 and len(scores) == len(inputs)
         if not fits or not scores.shape[1]:
             what = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
             raise Refusal(
                 f"The model should give class scores [{len(inputs)}, classes], but the output is {what}."
             )
-        self._seen = True
+        self._worked.add("model")
         return scores.double()
 
-    def _fail(self, sentence: str, error: Exception) -> NoReturn:
+    def _failed(self, sentence: str, what: str) -> Exception:
         # With a crop all inputs have one shape: what fails at the first will fail at each.
-        if self._seen or self.request.preprocess.crop is None:
-            raise ImageError(sentence) from error
-        raise Refusal(sentence) from error
+        fails_at_each = what not in self._worked and self.request.preprocess.crop is not None
+        return Refusal(sentence) if fails_at_each else ImageError(sentence)
 
     def _check_classes(self, classes: int) -> None:
         target = self.request.target
@@ -180,7 +184,12 @@ class Explainer:
         except IndexError as error:
             raise Refusal(str(error)) from error
         except Exception as error:
-            self._fail(f"{method.title} failed for an input {list(inputs.shape)}: {_one_line(error)}", error)
+            sentence = f"{method.title} failed for an input {list(inputs.shape)}: {_one_line(error)}"
+            # A ValueError speaks of arguments; anything else may be the image's.
+            if isinstance(error, ValueError):
+                raise self._failed(sentence, method.name) from error
+            raise ImageError(sentence) from error
+        self._worked.add(method.name)
         return maps.detach().to("cpu", torch.float32), units
 
     def _class(self, index: int, probabilities: torch.Tensor) -> dict[str, Any]:

@@ -160,8 +160,8 @@ def options_of(given: dict[str, Any], methods: list[Method], crop: int | None) -
             raise ValueError(f"--{name} is a number of {unit}, but it is {wanted[name]}.")
     if not 0 <= wanted.get("noise", 0.0) < math.inf:
         raise ValueError(f"--noise is a part of the image's range, but it is {wanted['noise']}.")
-    if wanted.get("seed", 0) < 0:
-        raise ValueError(f"--seed is not negative, but it is {wanted['seed']}.")
+    if not 0 <= wanted.get("seed", 0) < 2**64:
+        raise ValueError(f"--seed is at least 0 and less than 2**64, but it is {wanted['seed']}.")
     occluder = Occluder(wanted.pop("window", None), wanted.pop("stride", None))
     if crop is not None:
         occluder.sized(crop, crop)  # every picture has this size: refused before the first is read
