@@ -193,6 +193,7 @@ if __name__ == "__main__":
     if BUILD_COMMANDS & set(sys.argv):
         setup(**extension_arguments())
     else:
-        # An isolated build asks with egg_info what it needs: torch, only where the user has none.
+        # An isolated build asks with egg_info what it needs: torch, only where the user has none
+        # (build_backend.py answers for an sdist).
         asks = "egg_info" in sys.argv and not find_torch()
         setup(setup_requires=[TORCH_REQUIREMENT] if asks else [])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -188,17 +189,71 @@ class TestInstalled:
         assert importlib.metadata.version("convviz_cuda") == convviz_cuda.__version__
 
 
-def test_sdist_holds_what_a_build_needs(tmp_path):
-    tree = tmp_path / "tree"
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*_out")
-    shutil.copytree(ROOT, tree, ignore=unwanted)
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=tree, check=True, capture_output=True)
-    (archive,) = tmp_path.glob("convviz_cuda-*.tar.gz")
-    with tarfile.open(archive) as opened:
-        packed = {name.partition("/")[2] for name in opened.getnames()}
-    needed = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
-    for pattern in ("csrc/**/*.*", "convviz_cuda/**/*.py", "convviz_cuda/weights/**/*.*"):
-        needed += [path.relative_to(tree).as_posix() for path in tree.glob(pattern)]
-    assert set(needed) <= packed
-    assert not [name for name in packed if name.endswith((".so", ".pyc"))]
+def call_hook(call: str, folder: Path) -> str:
+    """The last line that a hook of the build backend prints, its result, in a process that finds no torch."""
+    code = f"""
+import site, sys, sysconfig
+sys.path.insert(0, ".")
+get_path = sysconfig.get_path
+sysconfig.get_path = lambda name, *more: "nowhere" if name == "purelib" else get_path(name, *more)
+site.getsitepackages, site.getusersitepackages = (lambda: []), (lambda: "nowhere")
+sys.modules["torch"] = None
+import build_backend
+print(build_backend.{call})
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1]
+
+
+def files_of(folder: Path) -> set[str]:
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {path.as_posix() for path in paths if path.suffix != ".pyc"}
+
+
+def package_files(folder: Path) -> set[str]:
+    return {name for name in files_of(folder) if re.match(r"convviz_cuda/(.*\.py$|weights/)", name)}
+
+
+class TestSdist:
+    @pytest.fixture(scope="class")
+    def tree(self, tmp_path_factory):
+        """A copy of the sources, because builds write into them."""
+        tree = tmp_path_factory.mktemp("sources") / "tree"
+        unwanted = shutil.ignore_patterns(".[!cg]*", ".git", "build", "dist", "*.egg-info", "*_out")
+        shutil.copytree(ROOT, tree, ignore=unwanted)
+        return tree
+
+    @pytest.fixture(scope="class")
+    def unpacked(self, tree):
+        """The sdist that the build backend makes without a torch, unpacked."""
+        archive = tree.parent / call_hook("build_sdist('..')", tree)
+        shutil.unpack_archive(archive, tree.parent / "unpacked")
+        (folder,) = (tree.parent / "unpacked").iterdir()
+        return folder
+
+    def test_it_asks_for_no_torch_and_a_wheel_does(self, tree):
+        assert call_hook("get_requires_for_build_sdist()", tree) == "[]"
+        assert call_hook("get_requires_for_build_wheel()", tree) == "['torch>=2.11']"
+
+    def test_it_holds_what_make_and_the_readme_need(self, tree, unpacked):
+        packed = files_of(unpacked)
+        needed = {"setup.py", "build_backend.py", "pyproject.toml", "Makefile", "README.md", "LICENSE"}
+        folders = (".ci/", "benchmarks/", "csrc/", "docs/", "tests/")
+        needed |= {name for name in files_of(tree) if name.startswith(folders)} | package_files(tree)
+        assert {".ci/run", "benchmarks/models.py", "csrc/module.cpp"} <= needed
+        assert needed | {".clang-format"} <= packed
+        assert not [path for path in unpacked.rglob("*") if path.suffix in (".so", ".pyc")]
+        linked = re.findall(r"\]\(([^)#:]+)\)", (unpacked / "README.md").read_text())
+        assert "docs/photographs.png" in linked
+        assert not [name for name in linked if not (unpacked / name).exists()]
+
+    def test_a_wheel_can_be_built_of_it(self, unpacked, tmp_path):
+        """Without a compiler, which is a matter of seconds."""
+        command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
+        environment = {**os.environ, "CXX": "no-such-compiler", "CONVVIZ_CUDA": "auto"}
+        subprocess.run(command, cwd=unpacked, env=environment, check=True, capture_output=True)
+        (wheel,) = tmp_path.glob("convviz_cuda-*.whl")
+        names = set(zipfile.ZipFile(wheel).namelist())
+        assert package_files(unpacked) <= names
+        assert not [name for name in names if not name.startswith("convviz_cuda")]
