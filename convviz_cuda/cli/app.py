@@ -52,7 +52,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     seed: Annotated[int, typer.Option(help="Another seed shows other scenes.")] = 3,
 ) -> None:
-    """Pictures from a small trained network, offline, on the CPU, in seconds."""
+    """Pictures from a small trained network, offline, on the CPU, in about a minute."""
     from .demo import run
 
     with refusing():
