@@ -128,6 +128,8 @@ def test_every_method_writes_what_its_class_gives(work):
         0.1,
         "--masks",
         40,
+        "--iterations",
+        3,
         "--seed",
         5,
         "--window",
@@ -167,6 +169,7 @@ def test_every_method_writes_what_its_class_gives(work):
         "activation": large(captum.attr.LayerActivation(model, layer).attribute(image)),
         "gradxact": large(captum.attr.LayerGradientXActivation(model, layer).attribute(image, 3)),
         "rise": attr.RISE(model).attribute(image, 3, n_masks=40, seed=5),
+        "extremal": attr.ExtremalPerturbation(model).attribute(image, 3, steps=3),
         "excitation": large(attr.ExcitationBackprop(model, layer).attribute(image, 3)),
         "contrastive": large(attr.ExcitationBackprop(model, layer).attribute(image, 3, contrastive=True)),
     }
@@ -516,6 +519,7 @@ def test_a_picture_too_small_for_the_model_is_skipped(work):
         (["--steps", "-2", "--method", "integrated"], "--steps is a number of steps, but it is -2"),
         (["--noise", "-1", "--method", "vargrad"], "--noise is a part of the image's range, but it is -1"),
         (["--noise", "nan", "--method", "vargrad"], "--noise is a part of the image's range, but it is nan"),
+        (["--iterations", "0", "--method", "extremal"], "--iterations is a number of steps, but it is 0"),
         (["--seed", "-1", "--method", "rise"], "--seed is not negative, but it is -1"),
         (
             ["--layer", "3", "--method", "gradcam"],

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..checks import check_int, check_real
 from ..progress import Progress
 from ..results import Result, picture
-from ._gradient import EXAMPLES, GradientAttribution, check_at_once, gradients
-from ._inputs import Inputs, Target, extra_args, leaves, target_list
+from ._gradient import EXAMPLES, GradientAttribution, check_at_once, gradients, score_seeds
+from ._inputs import Inputs, Target, extra_args, leaves, select_target, target_list
 from ._masked import PeakBytes, memory_format
 from ._masked_images import args_of_each_image, checked_images, image_scores, of_each_image
 
@@ -48,7 +48,7 @@ class ExtremalMasks(Result):
     kept, removed: (A, N), the score of the image that shows what the mask marks and hides the rest, and of the image
         that hides what the mask marks.
     curve: (A, N, steps + 1), what the variant maximises, at the start and after each step: ``kept``, ``-removed`` or
-        ``kept - removed``.
+        ``kept - removed``, each as log-odds where the score is a probability.
     settings: all that the masks depend on, besides the function and the images.
     masks: (A, N, 1, H, W), from 0 to 1, in float32 (float64 for float64 images).
     """
@@ -114,9 +114,11 @@ class ExtremalPerturbation(GradientAttribution):
 
         The paper gives the mask of area a as the maximiser of ``score(m * x) - lambda * R_a(m)``, where ``m * x`` shows
         the image where the mask m is 1 and hides it where m is 0, and ``R_a`` is the squared distance of the sorted
-        mask to the vector of as many ones as the area has pixels, behind zeros (equation 3). What it leaves open, or
-        leaves to its code, is decided here as follows: R is the mean over pixels, so that its weight does not depend
-        on the image's size; equal values share what the ranks of all of them ask for; and lambda grows geometrically.
+        mask to the vector of as many ones as the area has pixels, behind zeros (equation 3). What we decided
+        ourselves: R is the mean over pixels, so that its weight does not depend on the image's size; equal values
+        share what their ranks ask for; lambda grows geometrically; the optimisation begins with the image as it is,
+        all of it shown (or, for "deletion", nothing hidden); and all defaults but ``step`` and ``sigma``. The area is
+        a penalty, so that the means of the masks, which are soft at their borders, come near the areas only.
 
         Args:
             inputs: float images ``(N, C, H, W)``, or a tuple of one such tensor.
@@ -136,15 +138,16 @@ class ExtremalPerturbation(GradientAttribution):
             step: pixels from one of the mask's parameters to the next; None: 7 at 224 pixels, in proportion.
             sigma: of the mask's smoothness, in pixels; None: 21 at 224 pixels, in proportion. See :class:`SmoothMasks`.
             temperature: of the smooth maximum, above 0.
-            lr, momentum: of the gradient steps on the parameters, which begin at 1/2 and are kept in [0, 1].
-            weight, growth: lambda at the first step, and by how many times it is larger at the last.
-            score: "output" takes what the function returns, as the paper does with scores before the softmax;
-                "softmax" takes the probability, for functions that return logits ``(N, classes, ...)``. Gradients of
-                probabilities near 0 or 1 vanish.
+            lr, momentum: of the gradient steps on the parameters, which are kept in [0, 1].
+            weight, growth: lambda at the first step, and by how many times it is larger at the last. The default suits
+                scores of about 10, as logits are; of larger ones it must be larger, or areas are not kept to.
+            score: "output" takes what the function returns; "softmax" takes the probability, for functions that return
+                logits ``(N, classes, ...)``. Of a probability the log-odds are maximised: they rise with it, and have a
+                gradient also where it is nearly 0 or 1.
             batch_size: masks that are optimised together; None chooses for the device. The result depends on it by
                 rounding at most.
-            memory_limit: bytes of tensors that a step may hold at once, as far as the choice of the masks in it can keep
-                to it: one mask is always taken. None: a default number of masks.
+            memory_limit: bytes of tensors that a step may hold at once, as far as the number of masks can keep to it:
+                one mask is always taken. None: a default number of masks.
             show_progress: count the steps, summed over masks, on stderr, with the time left.
 
         Returns:
@@ -560,6 +563,7 @@ class _Search:
         for number in range(plan.steps):
             weight = plan.weight * plan.growth ** (number / max(1, plan.steps - 1))
             reward, slope = self._step(begun, parameters, weight)
+            _check_finite(number, reward, slope)
             curve.append(reward)
             speed = plan.momentum * speed + slope
             parameters = (parameters + plan.lr * speed).clamp(0, 1)
@@ -568,14 +572,10 @@ class _Search:
             progress.advance(len(items))
         with torch.no_grad(), self._exactly():
             masks = self._smooth(parameters)
-        kept, removed = (self._scores(begun, shown) for shown in (masks, 1 - masks))
-        curve.append({"preservation": kept, "deletion": -removed, "dual": kept - removed}[plan.variant])
+        (kept, shown), (removed, left) = (self._scores(begun, values) for values in (masks, 1 - masks))
+        curve.append({"preservation": shown, "deletion": -left, "dual": shown - left}[plan.variant])
         values = torch.stack(curve, 1)
-        if not (values.isfinite().all() and parameters.isfinite().all()):
-            raise FloatingPointError(
-                "A score or its gradient was not finite while masks were optimised: look at the function's scores of "
-                "blurred or faded images."
-            )
+        _check_finite(plan.steps, values)
         where = slice(items.start, items.stop)
         for room, value in (
             (found.kept, kept), (found.removed, removed), (found.curve, values), (found.masks, masks),
@@ -597,11 +597,8 @@ class _Search:
         rewards: list[Tensor] = []
 
         def differentiate(output: Any, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            score = self._score(output, begun)
-            reward = -score if deleting else score
-            if dual:
-                kept, removed = score.chunk(2)
-                reward = kept - removed
+            merit = self._merit(output, begun)
+            reward = merit.chunk(2)[0] - merit.chunk(2)[1] if dual else -merit if deleting else merit
             rewards[:] = [reward.detach().to(parameters)]
             return gradients(reward, xs)
 
@@ -617,10 +614,22 @@ class _Search:
         return rewards[0], found
 
     @torch.no_grad()
-    def _scores(self, begun: _Items, masks: Tensor) -> Tensor:
+    def _scores(self, begun: _Items, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of the images under the masks, (n,), and what is maximised of them."""
         given, _ = self._given(begun, masks)
         output = self.engine.forward_func(given, *self._args(begun))
-        return self._score(output, begun).to(masks)
+        scores = image_scores(output, self.plan.score, [lambda _: begun.target()], begun.images)[:, 0]
+        return scores.to(masks), self._merit(output, begun).to(masks)
+
+    def _merit(self, output: Any, begun: _Items) -> Tensor:
+        (merit,) = image_scores(output, "output", [lambda _: begun.target()], begun.images).unbind(1)
+        if self.plan.score == "output":
+            return merit
+        with torch.enable_grad():
+            (seeds,) = score_seeds(output, [lambda x: select_target(x, begun.target())])
+        others = output if output.dtype == torch.float64 else output.float()
+        others = others.masked_fill(seeds != 0, -math.inf).logsumexp(1, keepdim=True).expand(output.shape)
+        return merit - select_target(others, begun.target()).reshape(-1)
 
     def _given(self, begun: _Items, masks: Tensor) -> tuple[Tensor, Tensor]:
         """The masked images as the function gets them, and their derivative by the masks."""
@@ -631,8 +640,14 @@ class _Search:
     def _args(self, begun: _Items) -> tuple[Any, ...]:
         return args_of_each_image(self.args, begun.image, len(self.plan.images))
 
-    def _score(self, output: Any, begun: _Items) -> Tensor:
-        return image_scores(output, self.plan.score, [lambda _: begun.target()], begun.images)[:, 0]
+
+def _check_finite(steps: int, *values: Tensor) -> None:
+    """Before masks of NaN look for their blurred pixels, which on a GPU would be its end."""
+    if not all(each.isfinite().all() for each in values):
+        raise FloatingPointError(
+            f"After {steps} steps a score or its gradient was not finite: look at what the function makes of blurred "
+            "or faded images."
+        )
 
 
 @dataclass(frozen=True)
