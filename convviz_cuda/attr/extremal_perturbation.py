@@ -117,8 +117,10 @@ class ExtremalPerturbation(GradientAttribution):
         vector of zeros followed by as many ones as the area has pixels. What we decided ourselves: R is the mean over
         pixels, so that its weight does not depend on the image's size; equal values share what their ranks ask for;
         lambda grows geometrically; the ascent begins with parameters of 1, which show nearly all of the image (for
-        "deletion" of 0, which hide nothing), as of a blurred image the score hardly says which place would help; and
-        all defaults but ``step`` and ``sigma``. The area is a penalty: the means of the masks, which are soft at their
+        "deletion" of 0, which hide nothing), as of a blurred image the score hardly says which place would help; a
+        step is the gradient over what its parameter is for the first mask (the sum of its derivatives by the
+        parameter, relative to their mean), so that a push on all pixels alike is none to or from the border; and all
+        defaults but ``step`` and ``sigma``. The area is a penalty: the means of the masks, which are soft at their
         borders, come near it, but do not equal it.
 
         Args:
@@ -249,9 +251,9 @@ class SmoothMasks:
     A mask is ``max over v of k(u - v) * p(v)``, the maximum taken smoothly: the mean of these products under the
     weights ``exp(product / temperature)``. So it is nowhere less smooth than the kernel k. Where the paper leaves a
     choice: k is 1 up to a distance of ``sigma / 2``, falls as a Gaussian of deviation ``sigma / 2`` from there on and
-    ends at ``2 * sigma``; parameters lie ``step`` pixels apart, centred on the image, and also beyond its border as far
-    as they reach into it, so that regions at the border are as good as any; the maximum is taken at the places of the
-    parameters, and pixels between them read it bilinearly.
+    ends at ``2 * sigma``; parameters lie ``step`` pixels apart, centred on the image; beyond its border the outermost
+    ones go on, so that equal parameters are an even mask; the maximum is taken at the places of the parameters, and
+    pixels between them read it bilinearly.
 
     Args:
         size: (H, W) of the images.
@@ -263,23 +265,34 @@ class SmoothMasks:
     ) -> None:
         self.reach = int(2 * sigma / step)
         self.temperature = temperature
-        self.nodes = [-(-(extent - 1) // step) + 1 for extent in size]  # that the image lies between
-        self.grid = tuple(count + 2 * self.reach for count in self.nodes)
+        self.grid = tuple(-(-(extent - 1) // step) + 1 for extent in size)  # the image lies between them
         along = torch.arange(-self.reach, self.reach + 1, dtype=torch.float64) * step
         distance = torch.hypot(along[:, None], along[None]).flatten() / sigma
         self._near = (distance <= 2).nonzero()[:, 0].to(like.device)
         kernel = torch.exp(-2 * (distance - 0.5).clamp(min=0).square())
         self._kernel = kernel.to(like)[self._near, None]
         self._down, self._across = (
-            _readings(extent, count, step).to(like) for extent, count in zip(size, self.nodes, strict=True)
+            _readings(extent, count, step).to(like) for extent, count in zip(size, self.grid, strict=True)
+        )
+        # As products, whose gradients are sums in one order on every device; those of a padding are not.
+        self._above, self._beside = (
+            F.one_hot(torch.arange(-self.reach, count + self.reach).clamp(0, count - 1), count).to(like)
+            for count in self.grid
         )
 
     def __call__(self, parameters: Tensor) -> Tensor:
         """(n, H, W), from parameters (n, *grid) in [0, 1]."""
         width = 2 * self.reach + 1
-        around = F.unfold(parameters[:, None], width)[:, self._near] * self._kernel
+        wide = self._above @ parameters @ self._beside.T
+        around = F.unfold(wide[:, None], width)[:, self._near] * self._kernel
         smooth = (F.softmax(around / self.temperature, 1) * around).sum(1)
-        return self._down @ smooth.unflatten(1, self.nodes) @ self._across.T
+        return self._down @ smooth.unflatten(1, self.grid) @ self._across.T
+
+    def sums(self, value: float) -> Tensor:
+        """(*grid): the derivatives of the sum of an even mask's pixels, at a value of all its parameters."""
+        with torch.enable_grad():
+            even = self._down.new_full((1, *self.grid), value, requires_grad=True)
+            return torch.autograd.grad(self(even).sum(), even)[0][0]
 
 
 def _readings(extent: int, count: int, step: int) -> Tensor:
@@ -486,10 +499,13 @@ class _Search:
     ) -> None:
         self.engine, self.plan, self.picks, self.args = engine, plan, picks, args
         wide = plan.images.to(plan.wide)
+        self._start = 0.0 if plan.variant == "deletion" else 1.0
         self._layout = memory_format(plan.images)
         with self._exactly():
             self._levels = Levels(wide, plan.perturbation, plan.blur_sigma, plan.levels)
             self._smooth = SmoothMasks(plan.images.shape[2:], plan.step, plan.sigma, plan.temperature, wide)
+            reach = self._smooth.sums(self._start)
+            self._share = reach.mean() / reach
 
     def _exactly(self) -> torch.autocast:
         """Our own arithmetic, which the caller's autocast is not meant for."""
@@ -551,8 +567,9 @@ class _Search:
             torch.tensor(asked, dtype=torch.float64, device=device),
             targets,
         )
-        start = 0.0 if self.plan.variant == "deletion" else 1.0
-        parameters = torch.full((len(items), *self._smooth.grid), start, dtype=self.plan.wide, device=device)
+        parameters = torch.full(
+            (len(items), *self._smooth.grid), self._start, dtype=self.plan.wide, device=device
+        )
         return begun, parameters
 
     def _fill(self, found: _Found, items: range, progress: Progress) -> None:
@@ -611,7 +628,7 @@ class _Search:
             pull = -pull
         with self._exactly():
             (found,) = torch.autograd.grad(masks, parameters, pull - push)
-        return rewards[0], found
+        return rewards[0], found * self._share
 
     @torch.no_grad()
     def _scores(self, begun: _Items, masks: Tensor) -> tuple[Tensor, Tensor]:
