@@ -646,4 +646,4 @@ def test_what_is_preserved_of_scenes_keeps_the_class_and_lies_on_the_object():
             for values in (masks, *moved)
         )
     assert kept > 0.8 and max(others) < kept - 0.2
-    assert share(masks) > 0.85 and max(map(share, moved)) < 0.75 and float(inside.mean()) < 0.3
+    assert share(masks) > 0.85 and max(map(share, moved)) < share(masks) - 0.1 and float(inside.mean()) < 0.3
