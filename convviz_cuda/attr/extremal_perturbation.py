@@ -94,7 +94,8 @@ class ExtremalPerturbation(GradientAttribution):
     For each area a smooth mask is sought, by gradient ascent on its parameters, that covers so much of the image and
     maximises the score of what it shows (or minimises that of what it leaves). Masks that differ in their area alone
     are comparable, and their sum over some areas ranks the pixels. No random numbers are drawn: equal calls give equal
-    masks. Each mask is optimised by itself: it depends on the others of a batch by rounding at most.
+    masks. Each mask is optimised by itself: it depends on the others of a batch by rounding alone (which many steps can
+    make visible, where two regions are as good as each other).
 
     Args:
         forward_func: a model or any callable that takes images ``(N, C, H, W)`` and returns scores ``(N, ...)``, of
@@ -117,9 +118,9 @@ class ExtremalPerturbation(GradientAttribution):
         vector of zeros followed by as many ones as the area has pixels. What we decided ourselves: R is the mean over
         pixels, so that its weight does not depend on the image's size; equal values share what their ranks ask for;
         lambda grows geometrically; the ascent begins with parameters of 1, which show nearly all of the image (for
-        "deletion" of 0, which hide nothing), as of a blurred image the score hardly says which place would help; a
-        step is the gradient over what its parameter is for the first mask (the sum of its derivatives by the
-        parameter, relative to their mean), so that a push on all pixels alike is none to or from the border; and all
+        "deletion" of 0, which hide nothing), as of a blurred image the score hardly says which place would help; the
+        gradient by a parameter is divided by how much of the first mask hangs on it (the sum of its pixels'
+        derivatives, relative to the mean over parameters), or the border would be pushed unlike the middle; and all
         defaults but ``step`` and ``sigma``. The area is a penalty: the means of the masks, which are soft at their
         borders, come near it, but do not equal it.
 
@@ -148,7 +149,7 @@ class ExtremalPerturbation(GradientAttribution):
                 logits ``(N, classes, ...)``. Of a probability the log-odds are maximised: they rise with it, and have a
                 gradient also where it is nearly 0 or 1.
             batch_size: masks that are optimised together; None chooses for the device. The result depends on it by
-                rounding at most.
+                rounding alone.
             memory_limit: bytes of tensors that a step may hold at once, as far as the number of masks can keep to it:
                 one mask is always taken. None: a default number of masks.
             show_progress: count the steps, summed over masks, on stderr, with the time left.
