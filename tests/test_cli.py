@@ -144,6 +144,8 @@ def test_every_method_writes_what_its_class_gives(work):
         0.1,
         "--masks",
         40,
+        "--iterations",
+        3,
         "--seed",
         5,
         "--window",
@@ -183,6 +185,7 @@ def test_every_method_writes_what_its_class_gives(work):
         "activation": large(captum.attr.LayerActivation(model, layer).attribute(image)),
         "gradxact": large(captum.attr.LayerGradientXActivation(model, layer).attribute(image, 3)),
         "rise": attr.RISE(model).attribute(image, 3, n_masks=40, seed=5),
+        "extremal": attr.ExtremalPerturbation(model).attribute(image, 3, steps=3),
         "excitation": large(attr.ExcitationBackprop(model, layer).attribute(image, 3)),
         "contrastive": large(attr.ExcitationBackprop(model, layer).attribute(image, 3, contrastive=True)),
     }
@@ -569,6 +572,7 @@ def test_a_long_thin_picture_is_an_image_like_others(work, monkeypatch):
         ),
         (["--method", "saliency,gradcam", "--cam-layer", "7"], "Grad-CAM failed for an input [3, 3, 32, 32]"),
         ([""], "An image is named by an empty argument."),
+        (["--iterations", "0", "--method", "extremal"], "--iterations is a number of steps, but it is 0"),
         (
             ["--layer", "3", "--method", "gradcam"],
             "--layer goes with --method guided or deconvnet, not with gradcam",

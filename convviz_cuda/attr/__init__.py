@@ -7,6 +7,7 @@ from .cam import Cam
 from .deconvolution import Deconvolution, NeuronDeconvolution
 from .eigen_cam import EigenCam
 from .excitation_backprop import ExcitationBackprop
+from .extremal_perturbation import ExtremalMasks, ExtremalPerturbation
 from .feature_ablation import FeatureAblation
 from .grad_cam_plus_plus import GradCamPlusPlus
 from .guided_backprop import GuidedBackprop, NeuronGuidedBackprop
@@ -32,6 +33,8 @@ __all__ = [
     "Deconvolution",
     "EigenCam",
     "ExcitationBackprop",
+    "ExtremalMasks",
+    "ExtremalPerturbation",
     "FeatureAblation",
     "GradCamPlusPlus",
     "GuidedBackprop",

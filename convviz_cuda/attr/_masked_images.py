@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .._draws import drawn_from
+from ..checks import DTYPES
 from ..mask_ops import checked_masks, mask_images_inplace_op
 from ..progress import Progress
 from ..window_ops import change
-from ._inputs import Target, gains_turned, select_target
+from ._inputs import Inputs, Target, as_tuple, gains_turned, select_target
 from ._masked import FEW_VARIANTS, INPUT_BYTES, PeakBytes, memory_format, rounding
 
 # Writes masked images, from one number to another, into memory of their shape: ``(out, images, start, stop)``. Gives
@@ -145,6 +146,26 @@ class MaskedImages:
         return found.shape == expected.shape and torch.allclose(
             found, expected, rtol=0, atol=bound, equal_nan=True
         )
+
+
+def checked_images(inputs: Inputs, method: str) -> Tensor:
+    """The one batch of images that a method masks; TypeError or ValueError for anything else."""
+    tensors = as_tuple(inputs)
+    if len(tensors) != 1:
+        raise ValueError(
+            f"{method} masks one batch of images, but inputs holds {len(tensors)} tensors: pass the others as "
+            "additional_forward_args."
+        )
+    (images,) = tensors
+    if images.dtype not in DTYPES:
+        raise TypeError(
+            f"inputs must be float64, float32, bfloat16 or float16 images, but they are {images.dtype}."
+        )
+    if images.dim() != 4:
+        raise ValueError(
+            f"inputs must be images (N, C, H, W), but they have the shape {tuple(images.shape)}."
+        )
+    return images
 
 
 def sampled(

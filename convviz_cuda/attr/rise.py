@@ -11,11 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import DTYPES, Pair, check_int, pair
+from ..checks import Pair, check_int, pair
 from ..mask_ops import philox
 from ..mask_reference import samples
-from ._inputs import Inputs, Target, as_tuple, extra_args, target_list
-from ._masked_images import MaskedImages, args_of_each_image, image_scores, of_each_image, sampled
+from ._inputs import Inputs, Target, extra_args, target_list
+from ._masked_images import (
+    MaskedImages,
+    args_of_each_image,
+    checked_images,
+    image_scores,
+    of_each_image,
+    sampled,
+)
 
 Score = Literal["softmax", "output"]
 MOST_CELLS = 1024  # beyond any use: words and matrices grow with their product
@@ -220,7 +227,7 @@ class RISE:
         memory_limit: int | None,
         show_progress: bool,
     ) -> Tensor:
-        images = _checked_images(inputs)
+        images = checked_images(inputs, "RISE")
         grid = pair("grid", grid, 1)
         check_int("n_masks", n_masks, 1)
         check_int("seed", seed, 0, 2**64 - 1)
@@ -272,22 +279,3 @@ class RISE:
                 output = self.forward_func(images.detach().clone(), *extra_args(args))
                 kinds = image_scores(output, score, None, range(count)).shape[1]
         return torch.zeros((kinds, count, 1, height, width), dtype=dtype, device=images.device)
-
-
-def _checked_images(inputs: Inputs) -> Tensor:
-    tensors = as_tuple(inputs)
-    if len(tensors) != 1:
-        raise ValueError(
-            f"RISE masks one batch of images, but inputs holds {len(tensors)} tensors: pass the others as "
-            "additional_forward_args."
-        )
-    (images,) = tensors
-    if images.dtype not in DTYPES:
-        raise TypeError(
-            f"inputs must be float64, float32, bfloat16 or float16 images, but they are {images.dtype}."
-        )
-    if images.dim() != 4:
-        raise ValueError(
-            f"inputs must be images (N, C, H, W), but they have the shape {tuple(images.shape)}."
-        )
-    return images

@@ -80,8 +80,8 @@ def attribute(
         typer.Option(
             help="Any of saliency, inputxgradient, guided, deconvnet, occlusion, integrated, smoothgrad, smoothgradsq, "
             "vargrad, cam, gradcam, gradcam++, layercam, xgradcam, hirescam, eigencam, scorecam, counterfactual, "
-            "guidedgradcam, activation, gradxact, rise, ablation, excitation, contrastive, with commas between them. "
-            "[default: saliency,guided,deconvnet; with --layer guided,deconvnet]"
+            "guidedgradcam, activation, gradxact, rise, extremal, ablation, excitation, contrastive, with commas "
+            "between them. [default: saliency,guided,deconvnet; with --layer guided,deconvnet]"
         ),
     ] = None,
     target: Annotated[str, typer.Option(help="Class to explain: pred, or its index.")] = "pred",
@@ -134,6 +134,10 @@ def attribute(
     masks: Annotated[
         int | None, typer.Option(help="Masks (rise). [default: 4000]", rich_help_panel="Methods")
     ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(help="Steps that shape a mask (extremal). [default: 100]", rich_help_panel="Methods"),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Of noise and masks. [default: 0]", rich_help_panel="Methods"),
@@ -179,7 +183,7 @@ def attribute(
         request = Request.parse(
             model=model, weights=weights, method=method, target=target, layer=layer, channel=channel,
             options={"cam_layer": cam_layer, "window": window, "stride": stride, "steps": steps, "samples": samples,
-                     "noise": noise, "masks": masks, "seed": seed},
+                     "noise": noise, "masks": masks, "iterations": iterations, "seed": seed},
             resize=resize, crop=crop, mean=mean, std=std, labels=labels,
             device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite, out=out,
         )  # fmt: skip

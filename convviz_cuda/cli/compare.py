@@ -244,7 +244,7 @@ def _synchronize(images: Tensor) -> None:
 
 def _least(options: Options) -> Options:
     """Few masks, samples and steps: enough for whatever a method does the first time only."""
-    few = {name: min(getattr(options, name), 16) for name in ("masks", "samples", "steps")}
+    few = {name: min(getattr(options, name), 16) for name in ("masks", "samples", "steps", "iterations")}
     return dataclasses.replace(options, **few)
 
 

@@ -40,6 +40,7 @@ class Options:
     samples: int = 25
     noise: float = 0.15
     masks: int = 4000
+    iterations: int = 100
     seed: int = 0
 
     def of(self, method: Method) -> dict[str, Any]:
@@ -151,6 +152,12 @@ def _rise(model: nn.Module, inputs: torch.Tensor, targets: list[int], options: O
     return attr.RISE(model).attribute(inputs, targets, n_masks=options.masks, seed=options.seed)
 
 
+def _extremal(model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options) -> torch.Tensor:
+    from .. import attr
+
+    return attr.ExtremalPerturbation(model).attribute(inputs, targets, steps=options.iterations)
+
+
 def _excitation(contrastive: bool) -> Callable[..., torch.Tensor]:
     def of_class(
         model: nn.Module, inputs: torch.Tensor, targets: list[int], options: Options
@@ -203,6 +210,9 @@ METHODS = {
             shows="sum over the layer's channels", options=LAYER,
         ),
         Method("rise", "RISE", _rise, shows="mean score with the place shown", options=("masks", "seed")),
+        Method(
+            "extremal", "Extremal perturbation", _extremal, shows="masks of four areas, summed", options=("iterations",)
+        ),
         Method(
             "ablation", "Feature ablation", _ablation, signed=True, shows="fall of the score", options=("window",)
         ),

@@ -154,6 +154,7 @@ def options_of(given: dict[str, Any], methods: list[Method], crop: int | None) -
         "steps": "steps",
         "samples": "samples",
         "masks": "masks",
+        "iterations": "steps",
     }
     for name, unit in counts.items():
         if wanted.get(name, 1) < 1:
