@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import window_ops as ops
-from ._layers import clamp_
+from ._layers import UNBOUNDED, clamp_
 from ._sweep_plan import Geometry, Group
 from .network import Network
 
@@ -32,7 +32,6 @@ class Chunk:
 
 
 Step = Callable[[Chunk], None]
-UNBOUNDED = (-math.inf, math.inf)
 
 
 class Program:
@@ -293,7 +292,7 @@ class Program:
         slot = self._region(layer.inputs[0], origins, extent)
         raw = (
             layer.packed is None
-            and layer.tiles is None
+            and layer.taps is None
             and (layer.bias is not None or layer.activation is not None)
         )
         if raw:

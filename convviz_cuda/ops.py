@@ -35,6 +35,7 @@ from .checks import (
     rule_code,
     two_layouts,
 )
+from .direct_conv import direct_conv2d, direct_packed
 from .mask_ops import mask_images, mask_images_, philox, replace_ranked, replace_ranked_
 from .reference import GRADIENT, IDENTITY, RULES
 from .window_ops import (
@@ -59,6 +60,8 @@ __all__ = [
     "Rule",
     "add_windows_",
     "conv2d_input_grad",
+    "direct_conv2d",
+    "direct_packed",
     "gather_windows",
     "gather_windows_",
     "mask_images",

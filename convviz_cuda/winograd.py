@@ -100,6 +100,21 @@ def _conv_reference(
 
 
 @torch.no_grad()
+def _conv_into_reference(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    results: int,
+    padding: Sequence[int],
+    channel: int,
+    low: float,
+    high: float,
+) -> None:
+    out[:, channel : channel + results] = _conv_reference(x, weight, bias, results, padding, low, high)
+
+
+@torch.no_grad()
 def _pack_reference(weight: Tensor, flipped: bool) -> Tensor:
     return _blocks(winograd_weight(weight.transpose(0, 1).flip(2, 3) if flipped else weight))
 
@@ -112,6 +127,7 @@ def _blocks(weight: Tensor) -> Tensor:
 
 REFERENCES = {
     "winograd_conv2d": _conv_reference,
+    "winograd_conv2d_": _conv_into_reference,
     "winograd_input": _input_reference,
     "winograd_output": _output_reference,
     "winograd_packed": _pack_reference,
@@ -143,6 +159,14 @@ winograd_conv2d_op = define(
         x.shape[0], *result_size(x, padding), results
     ).permute(0, 3, 1, 2),
     vmap=looped("winograd_conv2d"),
+    differentiable=False,
+)
+winograd_conv2d_inplace_op = define(
+    "winograd_conv2d_",
+    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, SymInt results, SymInt[] padding, SymInt channel,"
+    " float low, float high) -> ()",
+    _conv_into_reference,
+    lambda *_: None,
     differentiable=False,
 )
 winograd_packed_op = define(
@@ -194,7 +218,7 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def as_channels_last(x: Tensor) -> Tensor:
     # Spelled so that it holds under vmap too.
     return x if channels_last(x) else x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -224,7 +248,7 @@ def winograd_input(x: Tensor, padding: Pair = 0) -> Tensor:
     """
     check_images("x", x)
     padding = _checked_padding(x, padding)
-    return winograd_input_op(_channels_last(x), padding)
+    return winograd_input_op(as_channels_last(x), padding)
 
 
 def winograd_output(
@@ -255,12 +279,12 @@ def winograd_output(
         raise TypeError(f"size must be three ints, (N, h, w), but it is {tuple(size)}.")
     if min(size) < 0 or products.shape[0] != size[0] * ((size[1] + 1) // 2) * ((size[2] + 1) // 2):
         raise ValueError(f"size must be (N, h, w) with {products.shape[0]} tiles, but it is {tuple(size)}.")
-    bias = _checked_bias(bias, "products", products, products.shape[2])
+    bias = bias_of_results(bias, "products", products, products.shape[2])
     check_bounds(low, high)
     return winograd_output_op(products.contiguous(), bias, size, low, high)
 
 
-def _checked_bias(bias: Tensor | None, name: str, like: Tensor, channels: int) -> Tensor | None:
+def bias_of_results(bias: Tensor | None, name: str, like: Tensor, channels: int) -> Tensor | None:
     if bias is None:
         return None
     check_float("bias", bias)
@@ -312,12 +336,12 @@ def winograd_conv2d(
         raise ValueError(
             f"results must be the weight's, but it is {results!r} for a shape {tuple(weight.shape)}."
         )
-    bias = _checked_bias(bias, "x", x, count)
+    bias = bias_of_results(bias, "x", x, count)
     check_bounds(low, high)
     padding = _checked_padding(x, padding)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         weight = weight.contiguous() if packed else _blocks(weight)
-        return winograd_conv2d_op(_channels_last(x), weight, bias, count, padding, low, high)
+        return winograd_conv2d_op(as_channels_last(x), weight, bias, count, padding, low, high)
     if packed:
         raise ValueError(
             f"Packed weights are for float32 on the CPU, but x is {x.dtype} on {x.device}: give (16, Ci, Co)."
