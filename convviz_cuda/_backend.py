@@ -21,7 +21,9 @@ import torch
 
 BACKENDS = ("auto", "reference", "native")
 # Ops that nothing calls on a GPU, where the convolutions are the library's.
-CPU_ONLY = frozenset({"winograd_conv2d", "winograd_packed"})
+CPU_ONLY = frozenset(
+    {"direct_conv2d", "direct_conv2d_", "winograd_conv2d", "winograd_conv2d_", "winograd_packed"}
+)
 
 
 def _is_the_command() -> bool:

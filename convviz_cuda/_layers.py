@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import fits, pays, result_size, winograd_conv2d, winograd_packed
+from . import _backend, direct_conv, winograd
+from .direct_conv import direct_packed
+from .winograd import as_channels_last, fits, pays, winograd_packed
 
 Range = tuple[float, float]  # what an activation clamps to: (0, inf) is a ReLU
+UNBOUNDED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Layer:
     name: str = ""
     packed: Tensor | None = None  # oneDNN's own order of the weight
     tiles: Tensor | None = None  # the weight in Winograd's domain, packed
+    taps: Tensor | None = None  # the weight packed for the direct convolution
 
     @property
     def size(self) -> tuple[int, int]:
@@ -117,30 +121,52 @@ class Layer:
         not ``finish``."""
         assert self.windows is not None and self.weight is not None
         stride = [axis.stride for axis in self.windows]
+        ours = self._ours(x, padding)
+        if ours is not None:
+            op, _, *given = ours
+            return op(*given, *(self.activation or UNBOUNDED))
         dilation = [axis.dilation for axis in self.windows]
-        if self.tiles is not None and x.numel() and fits(*result_size(x, padding)):
-            low, high = self.activation or (-math.inf, math.inf)
-            results = self.weight.shape[0]
-            return winograd_conv2d(x, self.tiles, self.bias, list(padding), low, high, results)
         if self.packed is not None and x.numel():
             name, scalars = "none", []
             if self.activation == (0.0, math.inf):
                 name = "relu"
             elif self.activation is not None:
                 name, scalars = "hardtanh", list(self.activation)
-            onednn = torch.ops.mkldnn
-            if self.is_linear:
-                # Pixels are the rows of a matrix; oneDNN's 1x1 convolutions are slow for some sizes.
-                pixels = x.permute(0, 2, 3, 1)
-                return onednn._linear_pointwise(pixels, self.packed, self.bias, name, scalars, "").permute(
-                    0, 3, 1, 2
-                )
-            return onednn._convolution_pointwise(
+            return torch.ops.mkldnn._convolution_pointwise(
                 x, self.packed, self.bias, padding, stride, dilation, self.groups, name, scalars, ""
             )
         bias, activation = (self.bias, self.activation) if finish else (None, None)
         out = F.conv2d(x, self.weight, bias, stride, padding, dilation, self.groups)
         return clamp_(out, activation)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a kernel of our own convolves, which can write its result to where it is wanted."""
+        return self.taps is not None
+
+    def convolve_into(self, out: Tensor, x: Tensor, channel: int) -> None:
+        """:meth:`convolve` without padding into the channels of ``out`` from ``channel`` on."""
+        ours = self._ours(x, (0, 0))
+        if ours is None:  # nothing is left of the input
+            out[:, channel : channel + self.shape[0]] = self.convolve(x, (0, 0))
+            return
+        _, op, *given = ours
+        op(out, *given, channel, *(self.activation or UNBOUNDED))
+
+    def _ours(self, x: Tensor, padding: Sequence[int]) -> tuple[Any, ...] | None:
+        """Our own op for this input, the op that writes into another tensor, and their arguments; or None."""
+        if self.taps is None or not x.numel():
+            return None
+        assert self.windows is not None and self.weight is not None
+        results = self.weight.shape[0]
+        if self.tiles is not None and fits(*winograd.result_size(x, padding)):
+            ops = winograd.winograd_conv2d_op, winograd.winograd_conv2d_inplace_op
+            return *ops, as_channels_last(x), self.tiles, self.bias, results, list(padding)
+        if any(padding):
+            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        ops = direct_conv.direct_conv2d_op, direct_conv.direct_conv2d_inplace_op
+        kernel, stride = ([getattr(axis, name) for axis in self.windows] for name in ("kernel", "stride"))
+        return *ops, as_channels_last(x), self.taps, self.bias, results, kernel, stride
 
     @property
     def is_linear(self) -> bool:
@@ -159,25 +185,25 @@ class Layer:
         weight = self.weight
         if self.kind != "convolution" or weight is None:
             return
-        onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        if weight.device.type != "cpu" or weight.dtype != torch.float32 or not onednn:
+        assert self.windows is not None
+        elsewhere = weight.device.type != "cpu" or weight.dtype != torch.float32
+        dense = self.groups == 1 and all(axis.dilation == 1 for axis in self.windows)
+        if not elsewhere and dense and _backend.build_info():
+            self.taps = direct_packed(weight)
+            if self.is_tiled and pays(*weight.shape[1::-1]):
+                self.tiles = winograd_packed(weight)
+            return
+        if elsewhere or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             self.weight = weight.contiguous(memory_format=torch.channels_last)
             return
-        assert self.windows is not None
-        if self.is_tiled and pays(*weight.shape[1::-1]):
-            self.tiles = winograd_packed(weight)
         try:  # Ops of Inductor's: where they are missing or have changed, the plain convolution serves.
-            self.packed = (
-                weight.flatten(1).contiguous()
-                if self.is_linear
-                else torch._C._nn.mkldnn_reorder_conv2d_weight(
-                    weight.to_mkldnn(),
-                    [0, 0],
-                    [axis.stride for axis in self.windows],
-                    [axis.dilation for axis in self.windows],
-                    self.groups,
-                    [4, weight.shape[1] * self.groups, *(axis.extent(8) for axis in self.windows)],
-                )
+            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                weight.to_mkldnn(),
+                [0, 0],
+                [axis.stride for axis in self.windows],
+                [axis.dilation for axis in self.windows],
+                self.groups,
+                [4, weight.shape[1] * self.groups, *(axis.extent(8) for axis in self.windows)],
             )
             probe = torch.zeros(1, weight.shape[1] * self.groups, *(axis.reach for axis in self.windows))
             self.convolve(probe.contiguous(memory_format=torch.channels_last), [0, 0])

@@ -297,6 +297,8 @@ def _run_stage(network: Network, stage: _Stage, batch: _Batch) -> _Batch:
 def _alone(barrier: threading.Barrier) -> None:
     barrier.wait()  # so that each worker takes one of these calls
     torch.set_num_threads(1)
+    # A thread's first look at the setting takes over the process's last one; later ones leave its own.
+    torch.get_num_threads()
 
 
 class _Workers:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import window_ops as ops
-from ._layers import clamp_
+from ._layers import UNBOUNDED, clamp_
 from ._sweep_plan import Geometry, Group
 from .network import Network
 
@@ -32,7 +32,6 @@ class Chunk:
 
 
 Step = Callable[[Chunk], None]
-UNBOUNDED = (-math.inf, math.inf)
 
 
 class Program:
@@ -64,6 +63,9 @@ class Program:
         self._made: list[tuple[int, int, list[int]]] = []  # (slot, values per variant, slots read)
         needed = self._needed(probes)
         self._sole = network.readers()
+        self._probed = frozenset(probes)
+        # Convolutions that write to their place in a concatenation: the first channel.
+        self._placed: dict[int, int] = {}
         for index in needed:
             self._emit(index)
             if index in probes:
@@ -293,17 +295,48 @@ class Program:
         slot = self._region(layer.inputs[0], origins, extent)
         raw = (
             layer.packed is None
-            and layer.tiles is None
+            and layer.taps is None
             and (layer.bias is not None or layer.activation is not None)
         )
         if raw:
             # The library's convolution would need passes of its own for them.
             self._pending[index] = (layer.bias, *(layer.activation or UNBOUNDED))
 
+        place = self._place(index, size)
+        if place is not None:
+            reader, channel = place
+            channels = self.network.layers[reader].shape[0]
+            self._placed[index] = channel
+
+            def step(chunk: Chunk) -> None:
+                layer.convolve_into(_room(chunk, reader, channels, size), chunk.values[slot], channel)
+
+            self._add(reader, channels * math.prod(size), [slot], step)
+            return
+
         def step(chunk: Chunk) -> None:
             chunk.values[index] = layer.convolve(chunk.values[slot], (0, 0), finish=not raw)
 
         self._add(index, layer.shape[0] * math.prod(size), [slot], step)
+
+    def _place(self, index: int, size: tuple[int, int]) -> tuple[int, int] | None:
+        """The concatenation that alone reads a convolution, on the same rectangle, and its first channel there."""
+        layers = self.network.layers
+        if len(self._sole[index]) != 1 or index in self._probed or not layers[index].is_ours:
+            return None
+        (reader,) = self._sole[index]
+        joined = layers[reader]
+        if (
+            joined.kind != "concatenate"
+            or joined.inputs.count(index) != 1
+            or joined.axes != (2, 3)
+            or len(joined.shape) != 3
+            or self.group.sizes[reader] != size
+            or not all(np.array_equal(self._starts(reader, a), self._starts(index, a)) for a in (0, 1))
+        ):
+            return None
+        before = joined.inputs[: joined.inputs.index(index)]
+        return reader, sum(layers[source].shape[0] for source in before)
 
     def _emit_pool(self, index: int, size: tuple[int, int]) -> None:
         layer = self.network.layers[index]
@@ -368,7 +401,7 @@ class Program:
     def _emit_concatenate(self, index: int, size: tuple[int, int]) -> None:
         layer = self.network.layers[index]
         origins = [self._starts(index, a) for a in (0, 1)]
-        if all(
+        if not self._placed.keys() & set(layer.inputs) and all(
             self.group.sizes[s] == size
             and all(np.array_equal(self._starts(s, a), origins[a]) for a in (0, 1))
             for s in layer.inputs
@@ -381,7 +414,9 @@ class Program:
         channel = 0
         for source in layer.inputs:
             channels = self.network.layers[source].shape[0]
-            if self.group.sizes[source] is None:
+            if source in self._placed:
+                pass
+            elif self.group.sizes[source] is None:
                 parts.append((source, source, None, None, channel, ()))
             else:
                 patch = self._patch_slot(source)
@@ -392,11 +427,7 @@ class Program:
         channels = channel
 
         def step(chunk: Chunk) -> None:
-            like = chunk.images
-            out = torch.empty(
-                (chunk.variants.shape[0], channels, *size), dtype=like.dtype, device=like.device,
-                memory_format=torch.channels_last,
-            )  # fmt: skip
+            out = _room(chunk, index, channels, size)
             for source, patch, rows, cols, channel, unfinished in parts:
                 value = chunk.values[patch]
                 if rows is None or cols is None:
@@ -406,7 +437,6 @@ class Program:
                     ops.gather_windows_(
                         out, base, value, chunk.variants, rows, cols, channel, 0.0, *unfinished
                     )
-            chunk.values[index] = out
 
         self._add(index, channels * math.prod(size), [part[1] for part in parts], step)
 
@@ -480,8 +510,8 @@ class Program:
         live = peak = largest = 0
         held: dict[int, int] = {}
         for position, (slot, count, _) in enumerate(self._made):
+            live += count - held.get(slot, 0)  # a slot may be written in parts
             held[slot] = count
-            live += count
             peak, largest = max(peak, live), max(largest, count)
             for gone in self.drops[position]:
                 live -= held.pop(gone, 0)
@@ -504,6 +534,18 @@ class Program:
             for slot in drops:
                 values[slot] = None
         return values[self._result], chunk.probes
+
+
+def _room(chunk: Chunk, slot: int, channels: int, size: tuple[int, int]) -> Tensor:
+    """The rectangles of a concatenation, made by whoever writes to them first."""
+    if chunk.values[slot] is None:
+        chunk.values[slot] = torch.empty(
+            (chunk.variants.shape[0], channels, *size),
+            dtype=chunk.images.dtype,
+            device=chunk.images.device,
+            memory_format=torch.channels_last,
+        )
+    return chunk.values[slot]
 
 
 def _as_maps(value: Tensor, axes: tuple[int, int] | None) -> Tensor:

@@ -282,7 +282,7 @@ def _windows(maps: Tensor, items: Tensor, positions: Tensor, fields: Fields) -> 
 
 def _transposed_layer(layer: Layer) -> Layer | None:
     """A convolution of stride 1, turned: convolutions have more ways to be fast than their gradients. Else None."""
-    if layer.kind != "convolution" or layer.is_linear or layer.groups > 1:
+    if layer.kind != "convolution" or layer.groups > 1:
         return None
     assert layer.windows is not None and layer.weight is not None
     if any(axis.stride > 1 for axis in layer.windows) or layer.weight.shape[1] <= ops.FEW_CHANNELS:

@@ -323,13 +323,14 @@ class Network:
         for index in path:
             layer = layers[index]
             layers[index] = dataclasses.replace(layer, shape=(len(classes), *layer.shape[1:]))
-        packed = last.packed is not None or last.tiles is not None
+        packed = last.packed is not None or last.taps is not None
         layers[path[-1]] = last = dataclasses.replace(
             layers[path[-1]],
             weight=last.weight[rows],
             bias=None if last.bias is None else last.bias[rows],
             packed=None,
             tiles=None,
+            taps=None,
         )
         if packed:
             last.pack()

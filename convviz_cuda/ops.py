@@ -35,6 +35,7 @@ from .checks import (
     rule_code,
     two_layouts,
 )
+from .direct_conv import direct_conv2d, direct_conv2d_, direct_packed
 from .mask_ops import mask_images, mask_images_, philox, replace_ranked, replace_ranked_
 from .reference import GRADIENT, IDENTITY, RULES
 from .window_ops import (
@@ -48,6 +49,7 @@ from .window_ops import (
 )
 from .winograd import (
     winograd_conv2d,
+    winograd_conv2d_,
     winograd_input,
     winograd_output,
     winograd_packed,
@@ -59,6 +61,9 @@ __all__ = [
     "Rule",
     "add_windows_",
     "conv2d_input_grad",
+    "direct_conv2d",
+    "direct_conv2d_",
+    "direct_packed",
     "gather_windows",
     "gather_windows_",
     "mask_images",
@@ -77,6 +82,7 @@ __all__ = [
     "switch_unpool2d",
     "window_mean",
     "winograd_conv2d",
+    "winograd_conv2d_",
     "winograd_input",
     "winograd_output",
     "winograd_packed",

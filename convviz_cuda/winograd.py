@@ -23,9 +23,17 @@ from ._register import define, looped
 from .checks import Pair, check_float, check_images, pair
 from .reference import channels_last
 from .window_checks import check_bounds, same_kind
+from .window_ops import change
 from .window_reference import accumulator, clamp
 
-__all__ = ["winograd_conv2d", "winograd_input", "winograd_output", "winograd_packed", "winograd_weight"]
+__all__ = [
+    "winograd_conv2d",
+    "winograd_conv2d_",
+    "winograd_input",
+    "winograd_output",
+    "winograd_packed",
+    "winograd_weight",
+]
 
 WEIGHT = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 CACHED = 16 << 20  # bytes of tiles and products at once
@@ -100,6 +108,21 @@ def _conv_reference(
 
 
 @torch.no_grad()
+def _conv_into_reference(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    results: int,
+    padding: Sequence[int],
+    channel: int,
+    low: float,
+    high: float,
+) -> None:
+    out[:, channel : channel + results] = _conv_reference(x, weight, bias, results, padding, low, high)
+
+
+@torch.no_grad()
 def _pack_reference(weight: Tensor, flipped: bool) -> Tensor:
     return _blocks(winograd_weight(weight.transpose(0, 1).flip(2, 3) if flipped else weight))
 
@@ -112,6 +135,7 @@ def _blocks(weight: Tensor) -> Tensor:
 
 REFERENCES = {
     "winograd_conv2d": _conv_reference,
+    "winograd_conv2d_": _conv_into_reference,
     "winograd_input": _input_reference,
     "winograd_output": _output_reference,
     "winograd_packed": _pack_reference,
@@ -143,6 +167,14 @@ winograd_conv2d_op = define(
         x.shape[0], *result_size(x, padding), results
     ).permute(0, 3, 1, 2),
     vmap=looped("winograd_conv2d"),
+    differentiable=False,
+)
+winograd_conv2d_inplace_op = define(
+    "winograd_conv2d_",
+    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, SymInt results, SymInt[] padding, SymInt channel,"
+    " float low, float high) -> ()",
+    _conv_into_reference,
+    lambda *_: None,
     differentiable=False,
 )
 winograd_packed_op = define(
@@ -194,7 +226,7 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def as_channels_last(x: Tensor) -> Tensor:
     # Spelled so that it holds under vmap too.
     return x if channels_last(x) else x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -224,7 +256,7 @@ def winograd_input(x: Tensor, padding: Pair = 0) -> Tensor:
     """
     check_images("x", x)
     padding = _checked_padding(x, padding)
-    return winograd_input_op(_channels_last(x), padding)
+    return winograd_input_op(as_channels_last(x), padding)
 
 
 def winograd_output(
@@ -255,12 +287,12 @@ def winograd_output(
         raise TypeError(f"size must be three ints, (N, h, w), but it is {tuple(size)}.")
     if min(size) < 0 or products.shape[0] != size[0] * ((size[1] + 1) // 2) * ((size[2] + 1) // 2):
         raise ValueError(f"size must be (N, h, w) with {products.shape[0]} tiles, but it is {tuple(size)}.")
-    bias = _checked_bias(bias, "products", products, products.shape[2])
+    bias = bias_of_results(bias, "products", products, products.shape[2])
     check_bounds(low, high)
     return winograd_output_op(products.contiguous(), bias, size, low, high)
 
 
-def _checked_bias(bias: Tensor | None, name: str, like: Tensor, channels: int) -> Tensor | None:
+def bias_of_results(bias: Tensor | None, name: str, like: Tensor, channels: int) -> Tensor | None:
     if bias is None:
         return None
     check_float("bias", bias)
@@ -296,6 +328,51 @@ def winograd_conv2d(
     Raises:
         TypeError, ValueError: the arguments do not fit together.
     """
+    weight, bias, count, padding = _checked(x, weight, bias, padding, low, high, results)
+    if weight.dim() == 4:
+        return winograd_conv2d_op(as_channels_last(x), weight, bias, count, padding, low, high)
+    return _around_products(x, weight, bias, padding, low, high)
+
+
+def winograd_conv2d_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: Pair = 0,
+    channel: int = 0,
+    low: float = -math.inf,
+    high: float = math.inf,
+    results: int | None = None,
+) -> None:
+    """:func:`winograd_conv2d` into ``out[:, channel : channel + Co]``, ``out`` being (N, channels, h, w).
+
+    How branches that are concatenated are computed in their place: directly where ``out`` is channels_last. It must not
+    share memory with the rest.
+    """
+    weight, bias, count, padding = _checked(x, weight, bias, padding, low, high, results)
+    check_place(out, x, channel, count, result_size(x, padding))
+    with torch.no_grad():
+        x = as_channels_last(x)
+        if weight.dim() == 4 and as_channels_last(out) is out:
+            change(winograd_conv2d_inplace_op, out, x, weight, bias, count, padding, channel, low, high)
+        elif weight.dim() == 4:
+            found = winograd_conv2d_op(x, weight, bias, count, padding, low, high)
+            out[:, channel : channel + count] = found
+        else:
+            out[:, channel : channel + count] = _around_products(x, weight, bias, padding, low, high)
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Pair,
+    low: float,
+    high: float,
+    results: int | None,
+) -> tuple[Tensor, Tensor | None, int, list[int]]:
+    """The weight, packed where the CPU's kernel serves, the bias, how many results, and the padding."""
     check_images("x", x)
     check_float("weight", weight)
     same_kind("weight", weight, "x", x)
@@ -312,17 +389,36 @@ def winograd_conv2d(
         raise ValueError(
             f"results must be the weight's, but it is {results!r} for a shape {tuple(weight.shape)}."
         )
-    bias = _checked_bias(bias, "x", x, count)
+    bias = bias_of_results(bias, "x", x, count)
     check_bounds(low, high)
     padding = _checked_padding(x, padding)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         weight = weight.contiguous() if packed else _blocks(weight)
-        return winograd_conv2d_op(_channels_last(x), weight, bias, count, padding, low, high)
-    if packed:
+    elif packed:
         raise ValueError(
             f"Packed weights are for float32 on the CPU, but x is {x.dtype} on {x.device}: give (16, Ci, Co)."
         )
-    return _around_products(x, weight, bias, padding, low, high)
+    return weight, bias, count, padding
+
+
+def check_place(out: Tensor, x: Tensor, channel: int, results: int, size: Sequence[int]) -> None:
+    """Whether the results of a convolution of x have a place in ``out`` from a channel on."""
+    check_images("out", out)
+    same_kind("out", out, "x", x)
+    if (out.shape[0], *out.shape[2:]) != (x.shape[0], *size):
+        raise ValueError(
+            f"out must have {x.shape[0]} images of {size[0]} x {size[1]}, but its shape is {tuple(out.shape)}."
+        )
+    if isinstance(channel, bool) or not isinstance(channel, int | torch.SymInt):
+        raise TypeError(f"channel must be an int, but it is {channel!r}.")
+    if not 0 <= channel <= out.shape[1] - results:
+        raise ValueError(
+            f"channel must leave room for {results} channels in out's {out.shape[1]}, but it is {channel}."
+        )
+    if 0 in out.stride() and out.numel() > 1:
+        raise ValueError(f"out must have memory for each element, but its strides are {out.stride()}.")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out must not require a gradient where it is changed in place: use torch.no_grad().")
 
 
 def _around_products(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from direct_conv_cases import DIRECT_CASES
 from mask_cases import MASK_CASES
 from op_case import F16, F32, SPECIAL, Case, drawing
 from op_truth import (
@@ -30,7 +31,16 @@ from window_cases import WINDOW_CASES
 from winograd_cases import WINOGRAD_CASES
 
 import convviz_cuda
-from convviz_cuda import mask_ops, mask_reference, ops, reference, window_ops, window_reference, winograd
+from convviz_cuda import (
+    direct_conv,
+    mask_ops,
+    mask_reference,
+    ops,
+    reference,
+    window_ops,
+    window_reference,
+    winograd,
+)
 from convviz_cuda._register import op_names
 
 RULES = ("gradient", "identity", "deconvnet", "guided")
@@ -233,6 +243,7 @@ CASES: list[Case] = [
     *WINOGRAD_CASES,
     *MASK_CASES,
     *RANKED_CASES,
+    *DIRECT_CASES,
 ]
 
 
@@ -243,7 +254,7 @@ SERVED = convviz_cuda.info()["ops"]
 # The module and the attribute in it by which the public functions call each op.
 OVERLOADS = {
     value.name().removeprefix("convviz::"): (module, name)
-    for module in (ops, window_ops, winograd, mask_ops)
+    for module in (ops, window_ops, winograd, direct_conv, mask_ops)
     for name, value in vars(module).items()
     if isinstance(value, torch._ops.OpOverload) and value.namespace == "convviz"
 }
@@ -251,6 +262,7 @@ REFERENCES = {
     ops: vars(reference),
     window_ops: vars(window_reference),
     winograd: winograd.REFERENCES,
+    direct_conv: direct_conv.REFERENCES,
     mask_ops: vars(mask_reference),
 }
 BY_OP = {name: [case for case in CASES if case.op == name] for name in op_names()}

@@ -29,7 +29,10 @@ OPS = {
     "pool_windows",
     "sum_windows",
     "window_mean",
+    "direct_conv2d",
+    "direct_conv2d_",
     "winograd_conv2d",
+    "winograd_conv2d_",
     "winograd_input",
     "winograd_output",
     "winograd_packed",
@@ -54,6 +57,9 @@ def calls(device):
     def table(columns):
         return ones(1, columns, dtype=torch.int64)
 
+    def last(channels):
+        return ones(1, 2, 2, channels).permute(0, 3, 1, 2)
+
     windows = x, x, table(3), table(2), table(2)
     return dict(
         relu=lambda: ops.relu(x),
@@ -72,6 +78,9 @@ def calls(device):
         pool_windows=lambda: ops.pool_windows(*windows, (1, 1), 2),
         sum_windows=lambda: ops.sum_windows(x, x, table(3), table(1), table(1)),
         window_mean=lambda: ops.window_mean(x[0], (2, 2), 1, 1),
+        direct_conv2d=lambda: ops.direct_conv2d(x, ones(1, 1, 32)),
+        direct_conv2d_=lambda: ops.direct_conv2d_(last(32), x, ones(1, 1, 32)),
+        winograd_conv2d_=lambda: ops.winograd_conv2d_(last(2), x, ones(16, 1, 1), None, 1),
         winograd_conv2d=lambda: ops.winograd_conv2d(x, ones(16, 1, 1), None, 1),
         winograd_input=lambda: ops.winograd_input(x, 1),
         winograd_output=lambda: ops.winograd_output(ones(1, 16, 1), (1, 2, 2)),

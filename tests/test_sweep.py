@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import convviz_cuda
 from convviz_cuda import _sweep_engines as engines
+from convviz_cuda._layers import Layer
 from convviz_cuda._sweep_plan import Geometry, costs, window_spans
 from convviz_cuda.fills import fill_values
 from convviz_cuda.models import zfnet_mini
@@ -942,6 +944,68 @@ def test_a_model_that_does_not_bear_channels_last():
     torch.manual_seed(0)
     model, x = Flat().eval(), images(2, 3, 12, 12)
     close(occlusion_sweep(model, x, 4, 4).scores(), brute_force(model, x, 4, 4))
+
+
+NATIVE = convviz_cuda.info()["ops"]["direct_conv2d_"]["cpu"] == "c++"
+
+
+class Branches(nn.Module):
+    """Branches that are concatenated, of which some convolutions write to their place."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.join = join
+        self.stem = nn.Conv2d(3, 20, 3, padding=1)
+        self.point, self.wide = nn.Conv2d(20, 24, 1), nn.Conv2d(20, 40, 3, padding=1)
+        self.small, self.strided = nn.Conv2d(20, 8, 3, padding=1), nn.Conv2d(20, 8, 3, 2, 1)
+        self.behind, self.head = nn.LazyConv2d(16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.max_pool2d(self.join(self, x), 2)
+        return self.head(self.behind(x).mean((2, 3)))
+
+
+JOINS = {
+    "fire": (lambda m, x: torch.cat([F.relu(m.point(x)), F.relu(m.wide(x))], 1), 1),
+    "same-rectangles": (lambda m, x: torch.cat([m.wide(x), m.small(x)], 1), 2),
+    "between-others": (lambda m, x: torch.cat([m.small(x), torch.sigmoid(m.point(x)), m.wide(x)], 1), 2),
+    "strided": (lambda m, x: torch.cat([m.strided(x), F.max_pool2d(x, 2)], 1), 1),
+    "joined-again": (lambda m, x: torch.cat([torch.cat([m.small(x), m.wide(x)], 1), m.point(x)], 1), 2),
+    "twice": (lambda m, x: torch.cat([y := m.wide(x), y], 1), 0),
+    "read-elsewhere": (lambda m, x: torch.cat([y := m.wide(x), x], 1) + y[:, :1], 0),
+    "with-its-input": (lambda m, x: torch.cat([m.wide(x), x], 1), 1),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_branches_that_are_computed_in_their_place(name, monkeypatch):
+    join, placed = JOINS[name]
+    torch.manual_seed(0)
+    model, x = Branches(join).eval(), images(2, 3, 60, 48).float()
+    model(x)
+    into = Layer.convolve_into
+    seen = set()
+    monkeypatch.setattr(Layer, "convolve_into", lambda layer, *a: seen.add(layer.name) or into(layer, *a))
+    sweep = occlusion_sweep(model, x, 8, 6)
+    close(sweep.scores(), brute_force(model, x, 8, 6), 1e-4)
+    assert len(seen) == (placed if NATIVE else 0)
+
+
+def test_probed_branches_keep_maps_of_their_own():
+    torch.manual_seed(0)
+    model, x = Branches(JOINS["fire"][0]).eval(), images(2, 3, 60, 48).float()
+    model(x)
+    sweep, whole = (occlusion_sweep(model, x, 8, 6, incremental=i) for i in (True, False))
+    for channel in (0, 7):
+        close(sweep.activation_map("wide", channel), whole.activation_map("wide", channel), 1e-4)
+
+
+def test_workers_run_their_operations_alone():
+    with engines._Workers(torch.device("cpu"), 3) as workers:
+        for _ in range(12):
+            workers.submit(torch.get_num_threads)
+        assert set(workers.done(wait_for_all=True)) == {1}
 
 
 def test_threads_of_later_threads():

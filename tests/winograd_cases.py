@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from direct_conv_cases import into_truth
 from op_case import Case
 from op_truth import F64, Band, two
 from torch import Tensor
@@ -171,15 +172,20 @@ def _output_case(label: str, options, bias: bool) -> Case:
     )
 
 
-def _conv_case(label: str, results: int, bias: bool, options) -> Case:
+def _conv_case(label: str, results: int, bias: bool, options, channel: int | None = None) -> Case:
     shape, padding = INPUTS[label]
+    size = [n + 2 * p - 2 for n, p in zip(shape[2:], two(padding), strict=True)]
+    given = {"padding": padding, **options, **({} if channel is None else {"channel": channel})}
 
     def inputs(draw):
-        given = draw(*shape), draw(16, shape[1], results)
-        return (*given, draw(results)) if bias else given
+        tensors = draw(*shape), draw(16, shape[1], results)
+        if channel is not None:
+            tensors = draw(shape[0], results + channel + 2, *size), *tensors
+        return (*tensors, draw(results)) if bias else tensors
 
     return Case(
-        "winograd_conv2d", f"{label}-{results}", inputs, winograd_tiles_truth, {"padding": padding, **options},
+        "winograd_conv2d" if channel is None else "winograd_conv2d_", f"{label}-{results}", inputs,
+        winograd_tiles_truth if channel is None else into_truth(winograd_tiles_truth), given,
         special=False, signed=False, last="bias" if bias else None,
     )  # fmt: skip
 
@@ -187,6 +193,8 @@ def _conv_case(label: str, results: int, bias: bool, options) -> Case:
 WINOGRAD_CASES = [
     _conv_case("typical", 40, True, {"low": 0.0}),
     _conv_case("67-channels", 17, False, {}),
+    _conv_case("typical", 40, True, {"low": 0.0}, 3),
+    _conv_case("67-channels", 17, False, {"high": 0.5}, 0),
     _conv_case("1-pixel", 32, True, {"low": -1.0, "high": 1.0}),
     *(
         Case(

@@ -13,67 +13,40 @@ struct SumWindowsArgs {
   int64_t count, channels;
 };
 
-// V channels of variant n from c on, of which `lanes` exist (all with FULL). PACKED: they follow each other.
-// Rows are summed one by one and then added up, always in the same order.
-template <class T, int V, bool PACKED, bool FULL>
-CONVVIZ_HD void sum_window(const SumWindowsArgs<T>& args, int64_t n, int64_t c, int lanes) {
-  using A = acc_t<T>;
-  const WindowSources<T>& from = args.from;
-  const AxisEntry rows = from.row(n), cols = from.col(n);
-  const int64_t image = from.tables.image(n);
-  const int64_t top = max_of<int64_t>(rows.start, 0), bottom = min_of(rows.end, from.height);
-  const int64_t left = max_of<int64_t>(cols.start, 0), right = min_of(cols.end, from.width);
-  const int count = FULL ? V : lanes;
-  A total[V];
-  CONVVIZ_LANES
-  for (int l = 0; l < V; ++l) total[l] = A(0);
-  for (int64_t y = top; y < bottom; ++y) {
-    const auto row = from.at(n, image, rows, cols, y);
-    const T* base = row.base + left * from.base.w + c * from.base.c;
-    const T* patch = row.patch + left * from.patch.w + c * from.patch.c;
-    A sum[V];
-    CONVVIZ_LANES
-    for (int l = 0; l < V; ++l) sum[l] = A(0);
-    for (int64_t x = left; x < right; ++x, base += from.base.w, patch += from.patch.w) {
-      T old[V], fresh[V];
-      if (PACKED && FULL) {
-        load_pack(base, old);
-        load_pack(patch, fresh);
-      } else {
-        CONVVIZ_LANES
-        for (int l = 0; l < V; ++l) {
-          old[l] = l < count ? base[l * from.base.c] : static_cast<T>(A(0));
-          fresh[l] = l < count ? patch[l * from.patch.c] : static_cast<T>(A(0));
-        }
-      }
-      A numbers[V];
-      args.activation.template lanes<V, PACKED && FULL>(fresh, c, count, numbers);
-      CONVVIZ_LANES
-      for (int l = 0; l < V; ++l) sum[l] += numbers[l] - to_acc(old[l]);
-    }
-    CONVVIZ_LANES
-    for (int l = 0; l < V; ++l) total[l] += sum[l];
-  }
-  T* out = args.out + n * args.channels + c;
-  for (int l = 0; l < count; ++l) out[l] = static_cast<T>(total[l]);
-}
-
-// One number. For the GPU: item i, channels fastest.
+// One number: any strides. Rows are summed one by one and then added up, always in the same order. For the
+// GPU: item i, channels fastest.
 template <class T>
 struct SumWindows {
   SumWindowsArgs<T> args;
   Divider channels;
 
   CONVVIZ_HD void operator()(int64_t i) const {
+    using A = acc_t<T>;
     int64_t n = i;
     const int64_t c = channels.split(n);
-    sum_window<T, 1, false, true>(args, n, c, 1);
+    const WindowSources<T>& from = args.from;
+    const AxisEntry rows = from.row(n), cols = from.col(n);
+    const int64_t image = from.tables.image(n);
+    const int64_t top = max_of<int64_t>(rows.start, 0), bottom = min_of(rows.end, from.height);
+    const int64_t left = max_of<int64_t>(cols.start, 0), right = min_of(cols.end, from.width);
+    A total = A(0);
+    for (int64_t y = top; y < bottom; ++y) {
+      const auto row = from.at(n, image, rows, cols, y);
+      const T* base = row.base + left * from.base.w + c * from.base.c;
+      const T* patch = row.patch + left * from.patch.w + c * from.patch.c;
+      A sum = A(0);
+      for (int64_t x = left; x < right; ++x, base += from.base.w, patch += from.patch.w) {
+        sum += args.activation(*patch, c) - to_acc(*base);
+      }
+      total += sum;
+    }
+    args.out[i] = static_cast<T>(total);
   }
 };
 
 // channels_last: blocks of kSumBlock channels that follow each other, variants first. Planes: n * channels +
 // c, with any strides.
-constexpr int64_t kSumBlock = 32;
+constexpr int64_t kSumBlock = 512;
 template <class T>
 void sum_windows_channels_last_cpu(const SumWindowsArgs<T>& args, int64_t begin, int64_t end);
 template <class T>

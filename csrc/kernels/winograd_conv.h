@@ -4,19 +4,16 @@
 // result.
 #pragma once
 
-#include "kernels/types.h"
+#include "kernels/lanes.h"
 
 namespace convviz {
-
-// Results that lie together in the packed weight; what is beyond the last is 0.
-constexpr int64_t kWinogradBlock = 32;
 
 struct WinogradConvArgs {
   const float* x;       // [N, H, W, C]: channels_last
   const float* weight;  // [ceil(K / 32), 16, C, 32]
   const float* bias;    // [K] or null
-  float* out;           // [N, h, w, K]: channels_last
-  int64_t channels, results, height, width, out_height, out_width, pad_h, pad_w;
+  float* out;           // [N, h, w, K], pixels `step` apart
+  int64_t channels, results, height, width, out_height, out_width, pad_h, pad_w, step;
   float low, high;
 };
 

@@ -3,18 +3,8 @@
 #include <new>
 
 #include "kernels/isa.h"
+#include "kernels/lanes.h"
 #include "kernels/winograd_conv.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by functions that are inlined
-#endif
-
-// All sums of a product must stay in registers.
-#if defined(__GNUC__) && !defined(__clang__)
-#define CONVVIZ_ROWS _Pragma("GCC unroll 16")
-#else
-#define CONVVIZ_ROWS _Pragma("unroll")
-#endif
 
 namespace convviz {
 
@@ -22,23 +12,6 @@ namespace {
 
 constexpr int64_t TOGETHER = 48;            // tiles for which a block of the weight is read from memory once
 constexpr int64_t MOST = int64_t{1} << 19;  // floats of their transformed input, of all channels
-
-// A vector of W floats, at any address.
-template <int W>
-struct Lanes {
-  typedef float Pack __attribute__((vector_size(W * sizeof(float))));
-  typedef float Loose __attribute__((vector_size(W * sizeof(float)), aligned(sizeof(float)), may_alias));
-  static CONVVIZ_HD Pack load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
-  static CONVVIZ_HD void store(float* to, const Pack& value) { *reinterpret_cast<Loose*>(to) = value; }
-};
-
-// One float, of what is left over.
-template <>
-struct Lanes<1> {
-  using Pack = float;
-  static CONVVIZ_HD float load(const float* from) { return *from; }
-  static CONVVIZ_HD void store(float* to, float value) { *to = value; }
-};
 
 struct Free {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
@@ -54,7 +27,7 @@ template <int W, int R>
 struct Convolve {
   using Vector = Lanes<W>;
   using V = typename Vector::Pack;
-  static constexpr int64_t B = kWinogradBlock;
+  static constexpr int64_t B = kResultBlock;
   static_assert(TOGETHER % R == 0 && B % (2 * W) == 0);
 
   WinogradConvArgs args;
@@ -185,16 +158,13 @@ struct Convolve {
     for (int y = 0; y < 2; ++y) {
       if (at.top + y >= args.out_height) break;
       float* to =
-          args.out + ((at.n * args.out_height + at.top + y) * args.out_width + at.left) * args.results + k;
+          args.out + ((at.n * args.out_height + at.top + y) * args.out_width + at.left) * args.step + k;
       CONVVIZ_UNROLL
       for (int x = 0; x < 2; ++x) {
         if (at.left + x >= args.out_width) break;
         T value = y == 0 ? rows[0][x] + rows[1][x] + rows[2][x] : rows[1][x] - rows[2][x] - rows[3][x];
         value += bias;
-        // Choices of a kind that leaves NaN as it is.
-        value = value <= low ? low : value;
-        value = value >= high ? high : value;
-        L::store(to + x * args.results, value);
+        L::store(to + x * args.step, clamped_lanes(value, low, high));
       }
     }
   }
@@ -210,7 +180,7 @@ struct Prepared {
     const int64_t most = min_of(TOGETHER, MOST / (16 * max_of<int64_t>(1, args.channels)));
     loop.together = max_of<int64_t>(R, min_of(most / R * R, ceil_div(count, R) * R));
     tiles = floats(16 * loop.together * args.channels);
-    products = floats(16 * R * kWinogradBlock);
+    products = floats(16 * R * kResultBlock);
     loop.tiles = tiles.get();
     loop.products = products.get();
   }
@@ -224,7 +194,7 @@ struct Filters {
   WinogradPackArgs args;
 
   CONVVIZ_HD void operator()(int64_t i) const {
-    constexpr int64_t B = kWinogradBlock, MOST = CHANNELS * B;
+    constexpr int64_t B = kResultBlock, MOST = CHANNELS * B;
     const int64_t groups = ceil_div(args.channels, CHANNELS), block = i / groups,
                   first = i % groups * CHANNELS;
     const int64_t results = min_of(B, args.results - block * B),
@@ -265,7 +235,7 @@ struct Filters {
 }  // namespace
 
 int64_t winograd_pack_items(const WinogradPackArgs& args) {
-  return ceil_div(args.results, kWinogradBlock) * ceil_div(args.channels, CHANNELS);
+  return ceil_div(args.results, kResultBlock) * ceil_div(args.channels, CHANNELS);
 }
 
 void winograd_pack_cpu(const WinogradPackArgs& args, int64_t begin, int64_t end) {
