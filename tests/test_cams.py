@@ -211,6 +211,36 @@ def test_cam_of_networks_as_they_are_built(rectified: bool) -> None:
         close(attr.Cam(model).attribute(x, 2), method.attribute(x, 2))
 
 
+def test_cam_does_not_depend_on_the_images_that_come_first() -> None:
+    """Maps that are 0, or positive by chance, do not tell whether the classifier reads them rectified."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, bias=False)
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.conv(x)).mean((2, 3)))
+
+    model, x = built(Net), images(4)
+    with torch.no_grad():
+        model.conv.weight.abs_()
+    for first in (torch.zeros_like(x[:1]), torch.ones_like(x[:1])):
+        method, both = attr.Cam(model), torch.cat([first, x])
+        expected = torch.einsum("c,nchw->nhw", model.fc.weight[1], model.conv(both).relu())[:, None].detach()
+        close(method.attribute(both, 1), expected)
+        close(method.attribute(x, 1), expected[1:])
+
+    class OfPositive(Net):  # of noise, which has values below 0, it gives NaN
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sqrt())
+
+    model, x = built(OfPositive), torch.cat([torch.zeros_like(x[:1]), x.abs()])
+    expected = torch.einsum("c,nchw->nhw", model.fc.weight[1], model.conv(x.sqrt()).relu())[:, None].detach()
+    close(attr.Cam(model).attribute(x, 1), expected)
+
+
 # --------------------------------------------------------------------------------------------------- Eigen-CAM
 
 

@@ -196,6 +196,39 @@ def test_auto_is_the_last_layer_that_gives_maps() -> None:
         attr.LayerGradCam(nn.Sequential(nn.Flatten(), nn.Linear(432, 2)).double(), "auto").attribute(x, 0)
 
 
+@pytest.mark.parametrize("method", [attr.LayerGradCam, attr.EigenCam, attr.Cam, attr.ExcitationBackprop])
+def test_auto_in_a_model_that_bears_its_own_batch_only(method: type) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.view(3, 3, 12, 12))
+
+    model, x = built(Fixed), images()
+    close(method(model, "auto").attribute(x, 1), method(model.net, "features").attribute(x, 1))
+    with pytest.raises(RuntimeError, match="is invalid for input of size 864"):
+        method(model, "auto").attribute(x[:2], 1)
+
+
+@pytest.mark.parametrize("method", [attr.LayerGradCam, attr.EigenCam, attr.Cam, attr.ExcitationBackprop])
+def test_auto_is_looked_for_anew_where_arguments_choose_the_layers(method: type) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor, first: bool) -> Tensor:
+            return self.fc((self.a if first else self.b)(x).relu().mean((2, 3)))
+
+    model, x = built(Branches), images()
+    ours = method(model, "auto")
+    for first, name in ((True, "a"), (False, "b"), (True, "a")):
+        close(ours.attribute(x, 1, first), method(model, name).attribute(x, 1, first))
+
+
 def test_a_layer_named_auto_is_that_layer() -> None:
     model = nn.Sequential()
     model.add_module("auto", nn.Conv2d(3, 2, 3))
@@ -446,6 +479,26 @@ def test_a_model_in_training_mode_runs_once(name: str) -> None:
     with pytest.warns(UserWarning, match="training mode"):
         attr.LayerGradCam(model, name).attribute(x, 0)
     assert int(model[1].num_batches_tracked) == 1 and model.training and model[1].training
+
+
+@pytest.mark.parametrize("method", [attr.LayerGradCam, attr.EigenCam, attr.Cam, attr.ExcitationBackprop])
+def test_the_search_for_a_layer_leaves_the_modes_alone(method: type) -> None:
+    """Other threads may be training the model, which looks are taken at in evaluation mode."""
+    modes: list[bool] = []
+    own: list[bool] = []
+
+    class Norm(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            modes.extend(module.training for module in model.modules())
+            own.append(self.training)
+            return super().forward(x)
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Norm(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    method(model, "auto").attribute(images(dtype=torch.float32), 0)
+    assert all(modes) and not own[0] and own[-1]
+    assert int(model[1].num_batches_tracked) == 1
 
 
 def test_guided_grad_cam_says_what_guided_backprop_says() -> None:

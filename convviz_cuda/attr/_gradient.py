@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ..checks import check_int
+from ..network import twin_of
 from ..rules import backward_rule
 from ._inputs import (
     Inputs,
@@ -390,6 +391,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluated(
+    model: nn.Module, layers: Sequence[nn.Module] = ()
+) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """The model and layers of it, all in evaluation mode.
+
+    Of a model in training mode copies with the same tensors, as other threads may be training it meanwhile.
+    """
+    twin, known = model, {}
+    if in_training(model):
+        twin = twin_of(model)
+        known = dict(zip(map(id, model.modules()), twin.modules(), strict=True))
+    with evaluating(twin):  # in place where a model cannot be copied
+        yield twin, [known.get(id(layer), layer) for layer in layers]
 
 
 def check_module(model: Any) -> None:

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import attr
-from ..activations import evaluating
 from ..attr._cam import ClassActivationMap, upsampled, weighed_maps
-from ..attr._gradient import check_module, in_training
+from ..attr._gradient import check_module, evaluated
 from ..attr._layer import LayerAttribution, Values
 from ..attr.eigen_cam import EigenCam
-from ..network import twin_of
 
 __all__ = [
     "BinaryClassifierOutputTarget",
@@ -220,21 +218,11 @@ class GradCAM:
         if not len(images):
             maps = torch.zeros((0, *images.shape[2:]), device=images.device)
         else:
-            model, layers = self._in_evaluation_mode()
-            with evaluating(model):
+            with evaluated(self.model, self.target_layers) as (model, layers):
                 maps = call(model, layers, images, targets, eigen_smooth)
         return maps if self.output == "torch" else maps.cpu().numpy()
 
     forward = __call__
-
-    def _in_evaluation_mode(self) -> tuple[nn.Module, list[nn.Module]]:
-        """The model and its layers; a copy with the same tensors of one in training mode, which other threads may be
-        training meanwhile."""
-        if not in_training(self.model):
-            return self.model, self.target_layers
-        twin = twin_of(self.model)
-        twins = dict(zip(map(id, self.model.modules()), twin.modules(), strict=True))
-        return twin, [twins[id(layer)] for layer in self.target_layers]
 
     def _smoothed(
         self,
