@@ -400,6 +400,14 @@ def test_maps_can_be_differentiated_by_the_parameters(name: str) -> None:
     assert gradient.shape == x.shape and gradient.abs().max() > 0
 
 
+def test_cam_can_be_differentiated_by_the_classifiers_weights() -> None:
+    model, x = built(Plain), images(2)
+    maps = attr.Cam(model).attribute(x, 3, create_graph=True)
+    (gradient,) = torch.autograd.grad(maps.sum(), model.fc.weight)
+    assert not gradient[:3].any() and not gradient[4].any()
+    close(gradient[3], model.features(x).sum((0, 2, 3)).detach())
+
+
 def test_a_student_learns_its_teachers_maps() -> None:
     """Grad-CAM++'s distillation loss (section 6): cross entropy and the distance of the maps."""
     generator = torch.Generator().manual_seed(0)
@@ -459,6 +467,11 @@ def test_multi_cam_is_each_method_at_each_layer() -> None:
             close(
                 maps[name], names[name](model, layer).attribute(x, target, relu_attributions=relu, **options)
             )
+    for maps in attr.multi_cam(
+        model, ["features"], list(names), x, target
+    ):  # beside others that take gradients
+        assert not any(one.requires_grad for one in maps.values())
+        close(maps["cam"], attr.Cam(model).attribute(x, target))
     with pytest.raises(ValueError, match="Score-CAM takes a forward for each channel"):
         attr.multi_cam(model, ["features"], ["scorecam"], x, target)
     (maps,) = attr.multi_cam(model, ["features"], ["cam", "eigencam"], x, target, relu_attributions=True)

@@ -65,7 +65,11 @@ class Cam(ClassActivationMap):
         return self._classifier.layer, self._classifier.head
 
     def _gradients(
-        self, output: Any, values: Values, signals: Callable[[Any, Values], Values]
+        self,
+        output: Any,
+        values: Values,
+        signals: Callable[[Any, Values], Values],
+        create_graph: bool = False,
     ) -> list[Tensor]:
         assert self._classifier is not None
         weight = self._classifier.head.weight.flatten(1)
@@ -73,7 +77,7 @@ class Cam(ClassActivationMap):
             probe = torch.empty_like(output, requires_grad=True)
             (chosen,) = signals(probe, (probe,))
         # What a class's score is made of: its row of the weights.
-        weight = weight if torch.is_grad_enabled() else weight.detach()
+        weight = weight if create_graph else weight.detach()
         with torch.autocast(weight.device.type, enabled=False):
             weights = chosen.detach().to(weight.dtype) @ weight
         return [weights[(..., *[None] * (values[0].dim() - 2))]]
