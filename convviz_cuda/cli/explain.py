@@ -69,6 +69,27 @@ class Explainer:
         self.model = model.to(request.device, self.dtype).requires_grad_(False)
         self._most = request.batch_size
         self._seen = False  # whether the model has taken an input yet
+        self.problems: dict[
+            str, dict[str, str]
+        ] = {}  # of images that other methods explained: by method, why not
+        self._worked: set[str] = set()
+        self._given_up: dict[str, str] = {}
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        """Refuses methods that this model does not suit, where that shows before an image is read."""
+        crop = self.request.preprocess.crop
+        for method in self.request.methods:
+            if method.check is None or crop is None or self.layer is not None:
+                continue
+            shape = (1, len(self.request.preprocess.mean), crop, crop)
+            blank = torch.zeros(shape, device=self.request.device, dtype=self.dtype)
+            try:
+                method.check(self.model, blank, self.request.options)
+            except ValueError as error:
+                raise Refusal(f"--method {method.name} does not suit the model: {error}") from error
+            except Exception:  # whatever a stranger's model raises: it will say so again
+                continue
 
     def read(self, task: Task) -> Pixels:
         image = open_image(task.path)
@@ -77,7 +98,12 @@ class Explainer:
         return Pixels(shown, self.request.preprocess.tensor(picture), (image.height, image.width))
 
     def work(self, batch: list[tuple[Task, Pixels]]) -> Iterator[tuple[Task, list[Result]]]:
+        """Results of each image that any method explained; ``problems`` says what the others failed at.
+
+        Raises ImageError after them where there are images that none explained.
+        """
         start = 0
+        failed: dict[str, None] = {}
         while start < len(batch):
             part = batch[start : start + self._most]
             try:
@@ -91,7 +117,13 @@ class Explainer:
                 say(f"{device} has no memory for {len(part)} images at once; trying {self._most}.")
                 continue
             start += len(part)
-            yield from results
+            for task, rows in results:
+                if rows:
+                    yield task, rows
+                else:
+                    failed |= dict.fromkeys(self.problems.pop(task.name).values())
+        if failed:
+            raise ImageError(" ".join(failed))
 
     def _results(self, batch: list[tuple[Task, Pixels]]) -> list[tuple[Task, list[Result]]]:
         inputs = torch.stack([pixels.inputs for _, pixels in batch]).to(self.request.device, self.dtype)
@@ -107,7 +139,12 @@ class Explainer:
             if not chosen:
                 continue
             start = time.perf_counter()
-            maps, units = self._maps(method, inputs[chosen], [targets[i] for i in chosen])
+            try:
+                maps, units = self._maps(method, inputs[chosen], [targets[i] for i in chosen])
+            except ImageError as error:
+                for i in chosen:
+                    self.problems.setdefault(batch[i][0].name, {})[method.name] = str(error)
+                continue
             seconds = (time.perf_counter() - start) / len(chosen)
             for place, i in enumerate(chosen):
                 task, pixels = batch[i]
@@ -155,6 +192,8 @@ class Explainer:
         self, method: Method, inputs: torch.Tensor, targets: list[int]
     ) -> tuple[torch.Tensor, list[Any]]:
         """Float32 [N, C, H, W] (occlusion: C = 1) on the CPU, and the unit of each example (None for a class)."""
+        if method.name in self._given_up:
+            raise ImageError(self._given_up[method.name])
         try:
             if self.layer is None:
                 maps = attribute_class(method, self.model, inputs, targets, self.request.options)
@@ -168,7 +207,11 @@ class Explainer:
         except IndexError as error:
             raise Refusal(str(error)) from error
         except Exception as error:
-            self._fail(f"{method.title} failed for an input {list(inputs.shape)}: {_one_line(error)}", error)
+            sentence = f"{method.title} failed for an input {list(inputs.shape)}: {_one_line(error)}"
+            if self.request.preprocess.crop is not None and method.name not in self._worked:
+                self._given_up[method.name] = sentence  # all inputs have one shape: it would fail at each
+            raise ImageError(sentence) from error
+        self._worked.add(method.name)
         return maps.detach().to("cpu", torch.float32), units
 
     def _class(self, index: int, probabilities: torch.Tensor) -> dict[str, Any]:
