@@ -134,3 +134,16 @@ def test_a_function_that_mixes_a_batch_is_refused(rows: str) -> None:
     with pytest.raises(AssertionError, match="must return scores of each image"):
         target = None if rows == "one" else 1
         attr.ScoreCam(mixed, model.features).attribute(x, target, batch_size=4)
+
+
+def test_a_function_of_one_batch_size_gets_what_was_asked_for() -> None:
+    """As an exported model that was traced with a batch of 3."""
+
+    class Fixed(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 3, f"{len(x)} images"
+            return super().forward(x)
+
+    x = images(3)
+    found = attr.ScoreCam(built(Fixed), "features").attribute(x, 1, batch_size=3)
+    close(found, attr.ScoreCam(built(Plain), "features").attribute(x, 1))

@@ -115,8 +115,13 @@ class MaskedImages:
             max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, self.images[0].nbytes)),
         )
         with drawn_from():  # a random function goes on as if it had not been looked at
-            with PeakBytes(memory_limit is not None) as peak:
-                alone = [self._probe(0, 1, self.layout)]
+            try:
+                with PeakBytes(memory_limit is not None) as peak:
+                    alone = [self._probe(0, 1, self.layout)]
+            except Exception:
+                if batch_size is None:
+                    raise
+                return batch_size  # the function may bear no other; if it is broken, its error comes again
             if memory_limit is not None:
                 at_once = min(at_once, memory_limit // max(1, peak.bytes))
             together = batch_size is None and at_once >= PROBED
