@@ -8,7 +8,7 @@ import threading
 import captum.attr
 import pytest
 import torch
-from attribution_cases import ConvHead, Plain, Reused, Segmentation, built, images, state
+from attribution_cases import ConvHead, Plain, Reused, Segmentation, Uneven, built, images, state
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -50,6 +50,30 @@ def test_captums_layer_methods(name: str, of_input: bool) -> None:
         attr.LayerGradientXActivation(model, layer, None, False).attribute(x, 1, None, of_input),
         gradients.attribute(x, 1, None, of_input),
     )
+
+
+@pytest.mark.parametrize("name", ["LayerGradCam", "LayerGradientXActivation"])
+def test_grad_kwargs_are_captums(name: str) -> None:
+    model, x = built(Uneven), images().requires_grad_()
+
+    def maps(library: object, **options: object) -> Tensor:
+        return getattr(library, name)(model, model.features[1]).attribute(x, 2, **options)
+
+    wanted = [model.features[0].weight, model.features[3].weight, model.fc[3].weight, x]
+    theirs = maps(captum.attr, grad_kwargs={"create_graph": True})
+    expected = torch.autograd.grad(theirs.square().sum(), wanted)
+    for options in ({"grad_kwargs": {"create_graph": True}}, {"create_graph": True}):
+        ours = maps(attr, **options)
+        close(ours.detach(), theirs)
+        for found, right in zip(torch.autograd.grad(ours.square().sum(), wanted), expected, strict=True):
+            assert right.abs().max() > 0
+            close(found, right)
+    for options in ({"retain_graph": True}, {"create_graph": False}, {"allow_unused": True}):
+        ours = maps(attr, grad_kwargs=options)
+        close(ours, theirs)
+        assert not ours.requires_grad
+    with pytest.raises(TypeError, match="nonsense"):
+        maps(attr, grad_kwargs={"nonsense": 1})
 
 
 def test_several_layers_come_as_a_list() -> None:

@@ -168,6 +168,14 @@ class LayerAttribution(GradientAttribution):
         return use(output, [seen[place] for place in range(len(modules))])
 
 
+def graph_options(create_graph: bool, grad_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of ``torch.autograd.grad``, of which ``create_graph`` may stand in Captum's ``grad_kwargs``, too."""
+    return {
+        **(grad_kwargs or {}),
+        "create_graph": create_graph or bool((grad_kwargs or {}).get("create_graph")),
+    }
+
+
 def inner_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if module is not model]
 
