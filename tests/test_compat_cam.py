@@ -241,6 +241,38 @@ def test_semantic_segmentation() -> None:
 # ------------------------------------------------------------------------------------------- against the original
 
 
+def grad_cam_plus_plus(model: nn.Module, x: Tensor, targets: list, added: float) -> np.ndarray:
+    """The paper's equation 19 with something added to its denominator, in float64."""
+    values = model.features(x).detach().requires_grad_()
+    scores = [target(one) for target, one in zip(targets, model.fc(values), strict=True)]
+    g = torch.autograd.grad(sum(scores), values)[0].double().numpy()
+    a = values.detach().double().numpy()
+    alpha = g**2 / (2 * g**2 + a.sum((2, 3), keepdims=True) * g**3 + added)
+    weights = (alpha * g.clip(0)).sum((2, 3), keepdims=True)
+    return scaled(resized(scaled((weights * a).sum(1).clip(0)), x.shape[2:]))
+
+
+SHALLOW = [lambda output, k=k: 0.01 * output[k] for k in (3, 0)]
+
+
+def test_grad_cam_plus_plus_is_the_formula_also_of_small_gradients() -> None:
+    model, x, targets = built(Uneven), images(2), SHALLOW
+    result = cam.GradCAMPlusPlus(model, [model.features])(x, targets)
+    assert np.allclose(result, grad_cam_plus_plus(model, x, targets, 0.0), atol=1e-5)
+    assert abs(result - grad_cam_plus_plus(model, x, targets, 1e-6)).max() > 0.05
+
+
+@pytest.mark.torchvision
+def test_pytorch_grad_cam_adds_to_the_denominator() -> None:
+    """And that is all by which its Grad-CAM++ differs."""
+    theirs = pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed")
+    model, x = built(Uneven), images(2)
+    added = grad_cam_plus_plus(model, x, SHALLOW, 1e-6)
+    # Not followed by a ReLU in place, which would change there what was read.
+    expected = theirs.GradCAMPlusPlus(model.float(), [model.features[4]])(x.float(), SHALLOW)
+    assert np.allclose(expected, added, atol=1e-4)
+
+
 @pytest.mark.torchvision
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("smooth", [{}, {"eigen_smooth": True}, {"aug_smooth": True}])

@@ -3,8 +3,11 @@
 A thin layer over :mod:`convviz_cuda.attr` with that library's normalisation: each layer's map is rectified, brought to
 [0, 1], interpolated to the input's size; several layers' maps are averaged; the result is brought to [0, 1] again.
 Different from it on purpose: too few or too many targets and a class that the model does not have raise, also inside of
-a ``with`` block; no hooks stay on the model; its mode is changed for the length of a call only; maps of functional,
-in-place and reused layers are those of the formula.
+a ``with`` block; no hooks stay on the model; its mode is changed for the length of a call at most; maps of functional,
+in-place and reused layers are those of the formula. So are Grad-CAM++'s, where that library adds 1e-6 to a denominator
+of the size of squared gradients: much where these are small (up to 0.45 of [0, 1] in SqueezeNet's maps). The sign of a
+principal component, which it leaves to the SVD, is chosen so that the strongest position is positive, in Eigen-CAM,
+Eigen-Grad-CAM and all maps with ``eigen_smooth``.
 """
 
 from __future__ import annotations
@@ -196,7 +199,8 @@ class GradCAM:
             input_tensor: images ``(N, C, H, W)``, brought to the model's device.
             targets: a callable for each image that makes a score of its output; None: its strongest class.
             aug_smooth: the mean over the image, its mirror image, and both at 0.9 and 1.1 times the contrast.
-            eigen_smooth: the first principal component of the weighted maps in place of their sum.
+            eigen_smooth: the first principal component of the weighted maps in place of their sum; its sign is
+                chosen as Eigen-CAM's is.
 
         Raises ValueError for another number of targets than images, TypeError for targets that are none, IndexError for
         a class out of range, AssertionError for a layer that does not run.
@@ -302,7 +306,7 @@ class GradCAM:
 
 
 class GradCAMPlusPlus(GradCAM):
-    """Grad-CAM++ (Chattopadhay et al. 2018)."""
+    """Grad-CAM++ (Chattopadhay et al. 2018), with nothing added to its denominator."""
 
     method = attr.GradCamPlusPlus
 
