@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import warnings
 
 import captum.attr
 import pytest
@@ -539,3 +540,34 @@ def test_layers_without_positions_for_many_targets() -> None:
     close(method.attribute_many(x, [1, 2])[1], method.attribute(x, 2))
     apart = attr.LayerGradCam(model, "features").attribute_many(x, [1, 2], attr_dim_summation=False)
     close(apart[1], attr.LayerGradCam(model, "features").attribute(x, 2, attr_dim_summation=False))
+
+
+@pytest.mark.parametrize("name", ["LayerActivation", "EigenCam", "Cam", "ScoreCam", "FeatureAblation"])
+def test_methods_without_gradients_warn_of_training_mode_too(name: str) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 4)
+    )  # fmt: skip
+    x = images(dtype=torch.float32)
+    squares = (torch.arange(12) // 3)[:, None] * 4 + torch.arange(12) // 3
+    method = getattr(attr, name)
+    call, runs = {
+        "LayerActivation": (lambda: method(model, "1").attribute(x), 1),
+        "EigenCam": (lambda: method(model, "1").attribute(x), 1),
+        "Cam": (lambda: method(model).attribute(x, 1), 1),
+        "ScoreCam": (
+            lambda: method(model, "1").attribute(x, 1, batch_size=9),
+            1 + 3,
+        ),  # 9 masked images of each
+        "FeatureAblation": (lambda: method(model).attribute(x, 0.0, 1, None, squares[None], 16), 2),
+    }[name]
+    with pytest.warns(UserWarning) as said:
+        call()
+    assert [str(one.message).split(" runs in training mode")[0] for one in said] == ["Batch norm", "Dropout"]
+    assert (
+        int(model[1].num_batches_tracked) == runs
+    )  # no look at the function, which would change it once more
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call()
+    assert int(model[1].num_batches_tracked) == runs

@@ -380,6 +380,26 @@ def in_training(function: Any) -> bool:
     return isinstance(function, nn.Module) and any(module.training for module in function.modules())
 
 
+def warn_in_training(function: Any) -> None:
+    """Says for methods without gradients what rules say for the others: what is random, or changes the model."""
+    if not isinstance(function, nn.Module):
+        return
+    training = [module for module in function.modules() if module.training]
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in training):
+        warnings.warn(
+            "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
+            "statistics change. Call model.eval() first.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in training):
+        warnings.warn(
+            "Dropout runs in training mode: attributions are random. Call model.eval() first.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for a while, each module in its own mode again afterwards."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..rules import backward_rule
-from ._gradient import GradientAttribution, evaluated, find_layer
+from ._gradient import GradientAttribution, evaluated, find_layer, warn_in_training
 from ._inputs import Inputs, as_tuple, extra_args, restore
 from ._taps import tapped
 
@@ -103,6 +103,8 @@ class LayerAttribution(GradientAttribution):
             raise RuntimeError(
                 "Attributions need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
             )
+        if not differentiate:
+            warn_in_training(self.forward_func)
         given = tuple(x.detach() for x in tensors)
         modules = self._modules(self.layers if layers is None else layers, given, args)
         if from_inputs:

@@ -31,7 +31,10 @@ PROBED = 3  # images that are looked at alone and together, before many are eval
 
 
 class MaskedImages:
-    """``count`` masked images and the function that gives their scores; the caller's images are never written to."""
+    """``count`` masked images and the function that gives their scores; the caller's images are never written to.
+
+    looks: whether the function may be looked at before; not where a run changes it.
+    """
 
     def __init__(
         self,
@@ -39,10 +42,11 @@ class MaskedImages:
         mask: Mask,
         count: int,
         evaluate: Evaluate,
+        looks: bool = True,
     ) -> None:
         # In one of the two layouts that the ops know.
         self.images = images.detach().contiguous(memory_format=memory_format(images))
-        self.mask, self.count, self.evaluate = mask, count, evaluate
+        self.mask, self.count, self.evaluate, self.looks = mask, count, evaluate, looks
         self.layout = memory_format(images)
 
     def _room(self, count: int, layout: torch.memory_format) -> Tensor:
@@ -104,7 +108,7 @@ class MaskedImages:
 
     def _choose(self, batch_size: int | None, memory_limit: int | None) -> int:
         """How many images one forward takes; sets the layout in which they are passed on."""
-        if self.count <= FEW_VARIANTS:  # the checks would take longer
+        if self.count <= FEW_VARIANTS or not self.looks:  # of few, the checks would take longer
             return min(self.count, batch_size or 1)
         if batch_size is not None:
             batch_size = min(self.count, batch_size)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_float
 from ._cam import Finish
-from ._gradient import check_at_once
+from ._gradient import check_at_once, in_training
 from ._inputs import Target, as_tuple, extra_args, select_target, target_list
 from ._layer import Layer, LayerAttribution, Values
 from ._masked_images import MaskedImages, args_of_each_image, of_each_image, sampled
@@ -170,7 +170,8 @@ class ScoreCam(LayerAttribution):
             return torch.stack([pick(output, numbers).reshape(-1) for pick in picks], 1)
 
         sampling = self._sampling(maps.shape[2:], images.shape[2:])
-        many = MaskedImages(images, sampled(masks, len(grids), *sampling), len(grids), evaluate)
+        looks = not in_training(self.forward_func)
+        many = MaskedImages(images, sampled(masks, len(grids), *sampling), len(grids), evaluate, looks)
         scores = many.scores(at_once, None, show, "Score-CAM")
         return scores.to(maps.device).view(count, channels, -1).permute(2, 0, 1).softmax(-1).to(dtype)
 
