@@ -111,7 +111,10 @@ def test_equals_the_sum_written_out_in_float64(images, method, n_steps):
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_captum(images, method):
     method_of_captum = IntegratedGradients(net(), compat="captum")
-    for n_steps, baseline in ((50, None), (13, 0.25), (6, normal(1, 3, 13, 11)), (6, images.flip(0))):
+    for n_steps, baseline in (
+        (50, None), (13, 0.25), (6, normal(1, 3, 13, 11)), (6, images.flip(0)),
+        (6, normal(1, 1, 13, 11)), (6, normal(1, 3, 1, 1)),
+    ):  # fmt: skip
         for target in (2, -1, [0, 1, 6], torch.tensor([5, 1, 0]), (3,), [(0,), (1,), (2,)]):
             expected = by_captum(net(), images, baseline, target, n_steps=n_steps, method=method)
             found = method_of_captum.attribute(images, baseline, target, n_steps=n_steps, method=method)
