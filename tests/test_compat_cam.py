@@ -181,6 +181,26 @@ def test_threads_over_a_model_in_training_mode() -> None:
     assert not wrong and int(model[1].num_batches_tracked) == 0 and model[1].training
 
 
+def test_a_module_list_is_a_list_of_layers() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)])
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in self.stages:
+                x = stage(x)
+            return self.fc(x.mean((2, 3)))
+
+    model, x = built(Stages), images()
+    assert np.array_equal(cam.GradCAM(model, model.stages)(x), cam.GradCAM(model, list(model.stages))(x))
+    with pytest.raises(ValueError, match="at least one layer"):
+        cam.GradCAM(model, nn.ModuleList())
+    with pytest.raises(ValueError, match=r"but it is a Sequential: write \[layer\] for its output"):
+        cam.GradCAM(built(Plain), built(Plain).features)
+
+
 def test_what_is_no_layer_target_or_input() -> None:
     model, x = built(Plain), images()
     for layers in ([], model.features, [nn.ReLU()], ["features"]):

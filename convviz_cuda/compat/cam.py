@@ -141,7 +141,7 @@ class GradCAM:
 
     Args:
         model: an ``nn.Module``; it runs in evaluation mode, and is in its own mode again afterwards.
-        target_layers: a list of modules of the model.
+        target_layers: a list, or an ``nn.ModuleList``, of modules of the model.
         reshape_transform: brings what a layer gives to ``(N, C, h, w)``, as transformers need it.
         output: "numpy" returns arrays, "torch" tensors that stay on the device.
 
@@ -156,17 +156,18 @@ class GradCAM:
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module],
+        target_layers: Sequence[nn.Module] | nn.ModuleList,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
         *,
         output: Literal["numpy", "torch"] = "numpy",
     ) -> None:
         check_module(model)
-        if (
-            isinstance(target_layers, nn.Module)
-            or not isinstance(target_layers, Sequence)
-            or not target_layers
-        ):
+        if isinstance(target_layers, nn.Module) and not isinstance(target_layers, nn.ModuleList):
+            raise ValueError(
+                f"target_layers must be a list of layers, but it is a {type(target_layers).__name__}: write [layer] "
+                "for its output, list(layer) for those of the modules in it."
+            )
+        if not isinstance(target_layers, Sequence | nn.ModuleList) or not len(target_layers):
             raise ValueError(
                 f"target_layers must be a list of at least one layer, but it is {target_layers!r}."
             )
