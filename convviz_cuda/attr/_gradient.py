@@ -27,6 +27,7 @@ from ._inputs import (
     target_list,
     turned,
 )
+from ._named import Named
 from ._taps import tapped
 
 # Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
@@ -113,7 +114,7 @@ def _batched(backward: Callable[[Tensor], tuple[Tensor, ...]], seeds: Tensor) ->
     return tuple(torch.stack(parts) for parts in zip(*map(backward, seeds), strict=True))
 
 
-class GradientAttribution:
+class GradientAttribution(Named):
     """What the gradient methods share. ``forward_func``: a model or any callable that returns scores."""
 
     rule = "gradient"

@@ -13,12 +13,13 @@ from ..progress import Progress
 from ._gradient import check_at_once, warn_in_training
 from ._inputs import Inputs, Target, as_tuple, restore
 from ._masked import MaskedForward, _repeated, room_for
+from ._named import Named
 from ._windows import window_fills
 
 Baselines = float | Tensor | tuple[float | Tensor, ...] | None
 
 
-class FeatureAblation:
+class FeatureAblation(Named):
     """The fall of a score without each feature, with Captum's signature. Occlusion is its case of sliding windows.
 
     Args:

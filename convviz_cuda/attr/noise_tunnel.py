@@ -16,12 +16,13 @@ from ..progress import Progress
 from ._gradient import EXAMPLES, check_at_once
 from ._inputs import Inputs, as_tuple, extra_args, real, repeated_args, repeated_target, target_list
 from ._masked import memory_format, room_for
+from ._named import Named
 
 TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
 _MASK = (1 << 64) - 1
 
 
-class NoiseTunnel:
+class NoiseTunnel(Named):
     """Any attribution method, repeated with Gaussian noise on its inputs, with Captum's signature.
 
     SmoothGrad (Smilkov et al. 2017), SmoothGrad-squared (Hooker et al. 2019) or VarGrad (Adebayo et al. 2018).
