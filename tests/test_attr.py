@@ -646,3 +646,11 @@ def test_a_scripted_part_is_warned_about(images):
         model[4] = torch.jit.script(nn.Sequential(model[4], nn.ReLU()))
     with pytest.warns(UserWarning, match="scripted modules"):
         attr.GuidedBackprop(model).attribute(images, 1)
+
+
+def test_names_are_captums():
+    shared = [name for name in attr.__all__ if hasattr(getattr(captum.attr, name, None), "get_name")]
+    assert len(shared) >= 14
+    for name in shared:
+        assert getattr(attr, name).get_name() == getattr(captum.attr, name).get_name()
+    assert attr.NoiseTunnel(attr.Saliency(sum)).get_name() == "Noise Tunnel"

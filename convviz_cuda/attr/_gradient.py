@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from ..checks import check_int
+from ..network import twin_of
 from ..rules import backward_rule
 from ._inputs import (
     Inputs,
@@ -26,6 +27,7 @@ from ._inputs import (
     target_list,
     turned,
 )
+from ._named import Named
 from ._taps import tapped
 
 # Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
@@ -112,7 +114,7 @@ def _batched(backward: Callable[[Tensor], tuple[Tensor, ...]], seeds: Tensor) ->
     return tuple(torch.stack(parts) for parts in zip(*map(backward, seeds), strict=True))
 
 
-class GradientAttribution:
+class GradientAttribution(Named):
     """What the gradient methods share. ``forward_func``: a model or any callable that returns scores."""
 
     rule = "gradient"
@@ -379,6 +381,26 @@ def in_training(function: Any) -> bool:
     return isinstance(function, nn.Module) and any(module.training for module in function.modules())
 
 
+def warn_in_training(function: Any) -> None:
+    """Says for methods without gradients what rules say for the others: what is random, or changes the model."""
+    if not isinstance(function, nn.Module):
+        return
+    training = [module for module in function.modules() if module.training]
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in training):
+        warnings.warn(
+            "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
+            "statistics change. Call model.eval() first.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in training):
+        warnings.warn(
+            "Dropout runs in training mode: attributions are random. Call model.eval() first.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for a while, each module in its own mode again afterwards."""
@@ -390,6 +412,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluated(
+    model: nn.Module, layers: Sequence[nn.Module] = ()
+) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """The model and layers of it, all in evaluation mode.
+
+    Of a model in training mode copies with the same tensors, as other threads may be training it meanwhile.
+    """
+    twin, known = model, {}
+    if in_training(model):
+        twin = twin_of(model)
+        known = dict(zip(map(id, model.modules()), twin.modules(), strict=True))
+    with evaluating(twin):  # in place where a model cannot be copied
+        yield twin, [known.get(id(layer), layer) for layer in layers]
 
 
 def check_module(model: Any) -> None:

@@ -59,7 +59,8 @@ class GuidedGradCam(LayerAttribution):
             (UserWarning) for an input of a tuple that the map cannot be interpolated to.
 
         Raises AssertionError for a target that does not fit the output and for a layer that does not run, IndexError
-        for a target out of range, ValueError for a layer without maps or an unknown ``interpolate_mode``.
+        for a target out of range, ValueError for a layer without maps (Captum returns an empty tensor and warns) or an
+        unknown ``interpolate_mode``.
         """
 
         def signals(output: Any, wanted: Values) -> Values:
