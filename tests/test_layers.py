@@ -587,7 +587,9 @@ def test_layers_without_positions_for_many_targets() -> None:
     close(apart[1], attr.LayerGradCam(model, "features").attribute(x, 2, attr_dim_summation=False))
 
 
-@pytest.mark.parametrize("name", ["LayerActivation", "EigenCam", "Cam", "ScoreCam", "FeatureAblation"])
+@pytest.mark.parametrize(
+    "name", ["LayerActivation", "EigenCam", "Cam", "ScoreCam", "FeatureAblation", "RISE"]
+)
 def test_methods_without_gradients_warn_of_training_mode_too(name: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 4)
@@ -604,6 +606,7 @@ def test_methods_without_gradients_warn_of_training_mode_too(name: str) -> None:
             1 + 3,
         ),  # 9 masked images of each
         "FeatureAblation": (lambda: method(model).attribute(x, 0.0, 1, None, squares[None], 16), 2),
+        "RISE": (lambda: method(model).attribute(x, 1, n_masks=10, batch_size=6), 5),
     }[name]
     with pytest.warns(UserWarning) as said:
         call()

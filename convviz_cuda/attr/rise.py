@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import Pair, check_int, pair
 from ..mask_ops import philox
 from ..mask_reference import samples
+from ._gradient import in_training, warn_in_training
 from ._inputs import Inputs, Target, extra_args, target_list
 from ._masked_images import (
     MaskedImages,
@@ -23,6 +24,7 @@ from ._masked_images import (
     of_each_image,
     sampled,
 )
+from ._named import Named
 
 Score = Literal["softmax", "output"]
 MOST_CELLS = 1024  # beyond any use: words and matrices grow with their product
@@ -113,7 +115,7 @@ def random_masks(
     return RandomMasks(grids, offsets, cell)
 
 
-class RISE:
+class RISE(Named):
     """Randomised input sampling for explanation (Petsiuk, Das & Saenko 2018, "RISE", section 3).
 
     The map is the mean of random masks, each weighted by the score that the image has under it: pixels that are shown
@@ -249,6 +251,8 @@ class RISE:
         if not images.numel() or each == []:
             return self._empty(images, each, args, score, dtype)
 
+        warn_in_training(self.forward_func)
+
         def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
             output = self.forward_func(given, *args_of_each_image(extra_args(args), image, count))
             return image_scores(output, score, each, numbers)
@@ -262,7 +266,10 @@ class RISE:
             numbers = [i % count for i in range(start, stop)]
             return masks.grids[mask], image, masks.offsets[mask], numbers
 
-        many = MaskedImages(images, sampled(masked, n_masks * count, masks.scale), n_masks * count, evaluate)
+        looks = not in_training(self.forward_func)
+        many = MaskedImages(
+            images, sampled(masked, n_masks * count, masks.scale), n_masks * count, evaluate, looks
+        )
         scores = many.scores(batch_size, memory_limit, show_progress, "RISE")
         weights = scores.double().view(n_masks, -1) / (
             n_masks * float(p)
