@@ -652,7 +652,7 @@ def test_a_method_that_fails_leaves_the_others_maps(work, monkeypatch, crop):
         (["--crop", "-3"], "crop is a number of pixels"),
         (["--weights", "nowhere.pt"], "no weights file 'nowhere.pt'"),
         (["--labels", "nowhere.txt"], "no labels file 'nowhere.txt'"),
-        (["--labels", "{work}/net.py"], "--labels names 35 classes, but the model has 5"),
+        (["--labels", "{work}/net.py"], "--labels names 44 classes, but the model has 5"),
         (["--model", "net"], "A model is named as"),
         (
             ["--model", "{work}/net.py:Twins"],
