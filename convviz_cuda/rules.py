@@ -29,7 +29,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from . import checks, excitation, nodes
 from .reference import RULES
@@ -38,8 +40,18 @@ BACKWARD_RULES = ("gradient", "deconvnet", "guided")
 EXCITATION = "excitation"  # no rule of ReLUs: its forward records other nodes
 OVERLAPS = ("sum", "overwrite")
 NORMS = ("identity", "gradient")
-_HERE = threading.local()  # .rule: the innermost context of a thread
 _TLS_KEY = "convviz_cuda.backward_rule"
+
+
+class _Here(threading.local):
+    """The innermost context of a thread; for each that it is in, the one outside and what had been seen before."""
+
+    def __init__(self) -> None:
+        self.rule: backward_rule | None = None
+        self.entered: list[tuple[backward_rule | None, int, int]] = []
+
+
+_HERE = _Here()
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
@@ -75,9 +87,10 @@ class backward_rule(TorchFunctionMode):
     Under "gradient" the result equals PyTorch's and can be differentiated again; under the other rules a second
     differentiation raises RuntimeError. Layers without a rule pass their ordinary gradient. What a checkpoint
     (``torch.utils.checkpoint``) computes again in the backward is not seen: switch checkpoints off. Warns (UserWarning)
-    about training-mode batch norm and dropout, and about a forward in which no ReLU was seen, as in scripted
-    or traced modules and where ``clamp`` stands for a ReLU; under "excitation", when a signal meets an operation that
-    has no rule there and passes its ordinary gradient.
+    about training-mode batch norm and dropout; about a forward in which no ReLU was seen; and, at a backward inside the
+    context, about what the rule does not act on there: ReLUs of scripted and traced modules, of checkpoints, of another
+    thread or recorded outside, and ``clamp(min=0)`` and ``F.threshold(x, 0, ...)`` in a ReLU's place. Under
+    "excitation" it warns when a signal meets an operation that has no rule there and passes its ordinary gradient.
 
     Raises ValueError for an unknown rule, overlap or norm, and under "excitation" for the overlap "overwrite" and the
     norm "gradient", which keep no sums.
@@ -99,7 +112,6 @@ class backward_rule(TorchFunctionMode):
             from . import excitation_rules  # which imports this module
 
             self._handlers = excitation_rules.HANDLERS
-        self._outer: list[Any] = []
         self.rectifiers = 0
         self.layers = 0
         self.expects_rectifier = True
@@ -121,15 +133,17 @@ class backward_rule(TorchFunctionMode):
         self._rule = rule
 
     def __enter__(self) -> backward_rule:
-        self._outer.append(_innermost())
+        _HERE.entered.append((_innermost(), self.rectifiers, self.layers))
+        self.warned = False
         _enter(self)
         return super().__enter__()
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)
-        _enter(self._outer.pop())
-        silent = self._rule in ("gradient", EXCITATION) or not self.expects_rectifier
-        if kind is None and self.layers and not self.rectifiers and not silent:
+        outer, rectifiers, layers = _HERE.entered.pop()
+        _enter(outer)
+        silent = self._rule in ("gradient", EXCITATION) or not self.expects_rectifier or self.warned
+        if kind is None and self.layers > layers and self.rectifiers == rectifiers and not silent:
             _warn(
                 f"No ReLU was seen in this forward, so the rule {self._rule!r} gives the plain gradient. Scripted, "
                 "traced or compiled modules cannot be looked into, and clamp(min=0) or F.threshold is no ReLU here."
@@ -201,9 +215,8 @@ def _enter(rule: backward_rule | None) -> None:
 
 
 def _innermost() -> backward_rule | None:
-    here = getattr(_HERE, "rule", None)
-    if here is not None:
-        return here
+    if _HERE.rule is not None:
+        return _HERE.rule
     return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
 
 
@@ -406,6 +419,86 @@ def _pair_or_none(value: Any) -> list[int | None]:
     return list(value) if isinstance(value, tuple | list) else [value, value]
 
 
+# What has no rule though it is or may hold a ReLU, by the names of PyTorch's nodes.
+_HIDDEN = {
+    "ReluBackward0": "a ReLU",
+    "HardtanhBackward0": "a ReLU6 or hardtanh",
+    "ThresholdBackward0": "F.threshold",
+    "ClampMinBackward0": "clamp(min=0)",
+    "ClampBackward1": "clamp(min=0)",
+    "CheckpointFunctionBackward": "a checkpoint (use_reentrant=True)",
+    "DifferentiableGraphBackward": "a scripted or traced module",
+}
+
+
+# Those that are one at a bound of 0 alone, and the bound's name.
+_BOUND = {
+    "ThresholdBackward0": "_saved_threshold",
+    "ClampMinBackward0": "_saved_min",
+    "ClampBackward1": "_saved_min",
+}
+
+
+def _hidden(node: Any) -> str | None:
+    """What a node of PyTorch's hides from the rules; None for most."""
+    name = type(node).__name__
+    if name == "CppFunction":  # one without a class of its own
+        name = node.name().rpartition("::")[2]
+    bound = _BOUND.get(name)
+    return None if bound is not None and getattr(node, bound) != 0 else _HIDDEN.get(name)
+
+
+def _node(end: Any) -> Any:
+    return end.node if isinstance(end, GradientEdge) else getattr(end, "grad_fn", None)
+
+
+def _first_hidden(tops: list[Any], stop: Any) -> str | None:
+    """The first thing hidden from the rules on the way down from some nodes, not looking below ``stop``."""
+    stack, seen = list(tops), {None, stop, *tops}
+    while stack:
+        node = stack.pop()
+        hidden = _hidden(node)
+        if hidden is not None:
+            return hidden
+        for below, _ in node.next_functions:
+            if below not in seen:
+                seen.add(below)
+                stack.append(below)
+    return None
+
+
+def _backward(session, func, outputs, *args, **kwargs):
+    """A backward pass of the caller's: looks at once for what the rule cannot act on."""
+    rule = session.rule
+    if rule == "gradient" or session._now() is not session:
+        return func(outputs, *args, **kwargs)
+    ends = outputs if isinstance(outputs, tuple | list) else [outputs]
+    if ends and all(isinstance(end, Tensor) and not end.requires_grad for end in ends):
+        raise RuntimeError(
+            f"The outputs do not require a gradient. If they are gradients themselves, taken under the rule {rule!r}: "
+            "double backward is not defined there, and what is linear but for ReLUs and poolings has constant ones."
+        )
+    inputs = kwargs.get("inputs", args[0] if args and func is torch.autograd.grad else None)
+    inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
+    stop = _node(inputs[0]) if len(inputs) == 1 else None
+    tops = [node for node in map(_node, ends) if node is not None]
+    hidden = None if session.warned else _first_hidden(tops, stop)
+    if hidden is not None:
+        session.warned = True
+        _warn(
+            f"The rule {rule!r} does not act on {hidden} in this graph, which passes its ordinary gradient: what runs "
+            "in scripted and traced modules, checkpoints, other threads and outside of the context is not seen, and "
+            "neither clamp nor F.threshold is taken for a ReLU."
+        )
+    try:
+        return func(outputs, *args, **kwargs)
+    except CheckpointError as error:
+        raise RuntimeError(
+            "What a checkpoint computes again in the backward is out of the context's sight: call the model without "
+            "torch.utils.checkpoint."
+        ) from error
+
+
 def _as_strided(session, func, *args, **kwargs):
     if session.layout_turned:
         raise RuntimeError("as_strided reads memory in the order that the caller gave it.")
@@ -448,6 +541,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     F.local_response_norm: _local_response_norm,
+    torch.autograd.grad: _backward,
+    torch.autograd.backward: _backward,
+    Tensor.backward: _backward,
     torch.as_strided: _as_strided,
     Tensor.as_strided: _as_strided,
     # What the graphs of torch.export call:

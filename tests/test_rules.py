@@ -16,6 +16,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import convviz_cuda as cv
@@ -459,6 +460,41 @@ def test_two_threads_do_not_meet(images):
     assert not wrong and clean()
 
 
+def test_one_session_in_two_threads(images):
+    """Each thread gets back the context that it was in, whatever the order in which they leave."""
+    session, inside, left = cv.backward_rule("guided"), threading.Event(), threading.Event()
+    found = {}
+
+    def gradient_recorded_before():
+        x = images.clone().requires_grad_()
+        with cv.backward_rule("gradient"):
+            return pooled(x, F.relu).sum(), x
+
+    def first():
+        y, x = gradient_recorded_before()
+        with session:
+            session.expects_rectifier = False
+            inside.wait(60)
+        found["first"] = torch.autograd.grad(y, x)[0]
+        left.set()
+
+    def second():
+        y, x = gradient_recorded_before()
+        with cv.backward_rule("deconvnet"):
+            with session:
+                inside.set()
+                left.wait(60)
+            found["second"] = torch.autograd.grad(y, x)[0]
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, rule in (("first", "gradient"), ("second", "deconvnet")):
+        torch.testing.assert_close(found[name], by_oracle(pooled, images, rule), rtol=1e-12, atol=1e-12)
+
+
 def test_a_thread_without_the_context_sees_plain_pytorch(images):
     found = []
 
@@ -495,6 +531,11 @@ def test_double_backward(images):
     for rule in ("guided", "deconvnet"):
         with pytest.raises(RuntimeError, match=f"Double backward through the {rule} rule"):
             hessian_vector(cv.backward_rule(rule))
+        x = images.clone().requires_grad_()
+        with cv.backward_rule(rule):
+            first = torch.autograd.grad(pooled(x, F.relu).sum(), x, create_graph=True)[0]
+            with pytest.raises(RuntimeError, match=f"taken under the rule '{rule}': double backward is not"):
+                torch.autograd.grad(first.sum(), x)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -568,6 +609,100 @@ def test_a_forward_without_a_relu_is_warned_about(images):
             F.conv2d(images, W1)
         with cv.backward_rule("guided"):
             F.relu(F.conv2d(images, W1))
+
+
+@pytest.mark.parametrize("spelling", ["scripted", "traced", "a part scripted"])
+def test_what_is_compiled_is_warned_about(images, spelling):
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU6()).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's of torch.jit's age
+        if spelling == "traced":
+            hidden = torch.jit.trace(net, images)
+        elif spelling == "scripted":
+            hidden = torch.jit.script(net)
+        else:
+            hidden = nn.Sequential(net[:2], torch.jit.script(net[2:]))
+    for _ in range(3):  # the first runs record PyTorch's nodes, later ones a node of the compiled graph
+        with pytest.warns(UserWarning, match="The rule 'guided' does not act on a"):
+            by_engine(lambda x, _: hidden(x), None, images, "guided")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            by_engine(lambda x, _: hidden(x), None, images, "gradient")
+
+
+def test_a_forward_of_another_thread_is_warned_about(images):
+    def elsewhere(x, relu):
+        made = []
+        thread = threading.Thread(target=lambda: made.append(chain(x, relu)))
+        thread.start()
+        thread.join()
+        return made[0]
+
+    with pytest.warns(UserWarning, match="does not act on a ReLU in this graph"):
+        by_engine(elsewhere, F.relu, images, "deconvnet")
+    with pytest.warns(UserWarning, match="does not act on a ReLU in this graph"):
+        by_engine(lambda x, relu: pooled(elsewhere(x, relu)[:, :3], relu), F.relu, images, "guided")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "what"),
+    [
+        (lambda x: x.clamp(min=0), r"clamp\(min=0\)"),
+        (lambda x: torch.clamp_min(x, 0.0), r"clamp\(min=0\)"),
+        (lambda x: F.threshold(x, 0.0, 0.0), "F.threshold"),
+        (nn.RNN(13, 4, nonlinearity="relu", batch_first=True).double(), "a ReLU"),
+    ],
+)
+def test_what_stands_for_a_relu_beside_others_is_warned_about(images, hidden, what):
+    def net(x, relu):
+        out = hidden(relu(F.conv2d(x, W1, padding=1))[:, 0])
+        return out[0] if isinstance(out, tuple) else out
+
+    with pytest.warns(UserWarning, match=f"does not act on {what} in this graph"):
+        by_engine(net, F.relu, images, "guided")
+
+
+def test_what_stands_for_no_relu_is_not_warned_about(images):
+    def net(x, relu):
+        h = F.threshold(relu(F.conv2d(x, W1)).clamp(1e-6, 3), 0.1, 0.1)
+        return h.clamp(max=0.5) + F.softplus(h)
+
+    x = images.clone().requires_grad_()
+    below = F.relu(F.conv2d(x, W1))  # outside of the context, but below what is differentiated by
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_engine(net, F.relu, images, "guided")
+        with cv.backward_rule("guided"):
+            torch.autograd.grad(F.relu(F.conv2d(below, W2)).sum(), below)
+
+
+@pytest.mark.parametrize("call", ["method", "function"])
+def test_a_reentrant_checkpoint_is_warned_about(images, call):
+    x = images.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="does not act on a checkpoint"), cv.backward_rule("guided"):
+        h = torch.utils.checkpoint.checkpoint(lambda v: F.relu(F.conv2d(v, W1)), x, use_reentrant=True)
+        y = F.conv2d(F.relu(h), W2).sum()
+        y.backward() if call == "method" else torch.autograd.backward([y])
+    assert x.grad is not None
+
+
+def test_another_checkpoint_is_refused_with_a_sentence(images):
+    x = images.clone().requires_grad_()
+    with cv.backward_rule("guided"):
+        y = torch.utils.checkpoint.checkpoint(lambda v: F.relu(F.conv2d(v, W1)), x, use_reentrant=False)
+        with pytest.raises(RuntimeError, match=r"call the model without torch\.utils\.checkpoint"):
+            torch.autograd.grad(y.sum(), x)
+
+
+def test_a_session_entered_again_warns_again(images):
+    session = cv.backward_rule("guided")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with session:
+            F.relu(F.conv2d(images, W1))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="No ReLU was seen"), session:
+            F.conv2d(images, W1)
 
 
 def test_an_exported_graph_is_seen(images):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -139,15 +138,6 @@ class GradientAttribution:
     def _forward(self, session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
         output = self.forward_func(*xs, *extra_args(args))
         session.layers += 1  # a forward was made, also where the mode could not see into it
-        if self.rule != "gradient" and isinstance(self.forward_func, nn.Module):
-            scripted = [m for m in self.forward_func.modules() if isinstance(m, torch.jit.ScriptModule)]
-            if scripted and session.rectifiers:
-                warnings.warn(
-                    f"The model has scripted modules, which cannot be looked into: the rule {self.rule!r} does not act "
-                    "on their ReLUs.",
-                    UserWarning,
-                    stacklevel=5,
-                )
         return output
 
     def _in_best_layout(self, xs: tuple[Tensor, ...], run: Callable[[tuple[Tensor, ...], bool], Any]) -> Any:
