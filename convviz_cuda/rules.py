@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointError
 
 from . import checks, excitation, nodes
@@ -177,6 +178,8 @@ class backward_rule(TorchFunctionMode):
             _collect(kwargs.values(), tensors)
         read = [node for node in map(_relu_node, tensors) if node is not None]
         handler = self._handlers.get(func)
+        if handler not in (None, _backward) and not _PLAIN.issuperset(types):
+            handler = functools.partial(_without_subclasses, handler)
         out = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
         if read:
             results: list[Tensor] = []
@@ -236,6 +239,27 @@ def _collect(values: Iterable[Any], tensors: list[Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- handlers
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+def _without_subclasses(handler, session, func, *args, **kwargs):
+    """A handler for subclasses of Tensor, of which a node's output would be a view that nothing may change in place."""
+    given: dict[int, Tensor] = {}
+
+    def plain(x: Tensor) -> Tensor:
+        if (
+            type(x) in _PLAIN or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        ):  # no data of its own
+            return x
+        alias = x.as_subclass(Tensor)
+        given[id(alias)] = x
+        return alias
+
+    args, kwargs = tree_map_only(Tensor, plain, (args, kwargs))
+    out = handler(session, func, *args, **kwargs)
+    return given.get(id(out), out)  # in place
+
 
 _RELU_NODE = nodes.ReLU._backward_cls
 

@@ -583,6 +583,17 @@ def test_an_in_place_relu_on_the_input(images):
         assert_equal_to(found, expected.detach())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_subclass_of_tensor(images, name):
+    class Subclass(torch.Tensor):
+        pass
+
+    model = net(inplace=True)
+    expected = getattr(attr, name)(model).attribute(images, 1)
+    found = getattr(attr, name)(model).attribute(images.as_subclass(Subclass), 1)
+    assert_equal_to(found.as_subclass(torch.Tensor), expected)
+
+
 def test_models_that_read_the_memory_layout(images):
     class Strided(nn.Module):
         def forward(self, x):

@@ -174,6 +174,27 @@ def test_relu6_and_hardtanh(images, rule):
         torch.testing.assert_close(by_engine(chain, relu, images, rule), expected, rtol=1e-12, atol=1e-12)
 
 
+class Subclass(Tensor):
+    """As MONAI's and fastai's images are: PyTorch's own behaviour, and views of what operations give."""
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_subclass_of_tensor(images, spelling, rule):
+    relu = SPELLINGS[spelling]
+    for net in (chain, pooled, pooled_and_read):
+        found = by_engine(
+            lambda x, relu, net=net: net(x.as_subclass(Subclass), relu), relu, images, rule
+        ).as_subclass(Tensor)
+        torch.testing.assert_close(found, by_oracle(net, images, rule), rtol=1e-12, atol=1e-12)
+    with cv.backward_rule(rule):
+        h = (images.clone().requires_grad_() * 1).as_subclass(Subclass)
+        changed = relu(h)
+        assert (changed is h) == ("in place" in spelling or spelling == "torch.relu_") and torch.equal(
+            changed, images.relu()
+        )
+
+
 # ------------------------------------------------------------------------------------ pooling and its gate
 
 
