@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Inputs = Tensor | tuple[Tensor, ...]
 Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
@@ -39,6 +40,11 @@ def extra_args(additional_forward_args: Any) -> tuple[Any, ...]:
     return (
         additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
     )
+
+
+def cloned(args: Any) -> Any:
+    """Additional arguments for a model that may change them in place: the caller's stay as they were."""
+    return None if args is None else tree_map_only(Tensor, torch.clone, args)
 
 
 def repeated_args(args: tuple[Any, ...], copies: int, examples: int) -> tuple[Any, ...]:
