@@ -29,12 +29,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointError
 
-from . import checks, excitation, nodes
+from . import _reach, checks, excitation, nodes
 from .reference import RULES
 
 BACKWARD_RULES = ("gradient", "deconvnet", "guided")
@@ -75,9 +74,11 @@ class backward_rule(TorchFunctionMode):
             probability that every layer shares out among what excites it, see
             :class:`convviz_cuda.attr.ExcitationBackprop`.
         overlap: what a value gets that is the maximum of several pooling windows: the "sum" of their signals, which is
-            max pooling's gradient, or "overwrite", the largest of them. The papers do not say.
-        norm: what local response normalisation does to the signal: "identity" (as in Zeiler & Fergus 2013) or
+            max pooling's gradient, or "overwrite", the largest of them. The papers do not say. Acts on ``max_pool2d``;
+            of other poolings (adaptive, fractional, 3-D) it is always the sum.
+        norm: what ``F.local_response_norm`` does to the signal: "identity" (as in Zeiler & Fergus 2013) or
             "gradient"; None: the identity under the deconvnet and excitation rules and the gradient under the others.
+            ``nn.CrossMapLRN2d``, which does not call it, passes its gradient.
 
     The rule is read when the backward runs: assign :attr:`rule` between two backward passes and one forward
     serves several rules. A backward inside another ``backward_rule`` follows the innermost one; a backward after
@@ -89,9 +90,10 @@ class backward_rule(TorchFunctionMode):
     differentiation raises RuntimeError. Layers without a rule pass their ordinary gradient. What a checkpoint
     (``torch.utils.checkpoint``) computes again in the backward is not seen: switch checkpoints off. Warns (UserWarning)
     about training-mode batch norm and dropout; about a forward in which no ReLU was seen; and, at a backward inside the
-    context, about what the rule does not act on there: ReLUs of scripted and traced modules, of checkpoints, of another
-    thread or recorded outside, and ``clamp(min=0)`` and ``F.threshold(x, 0, ...)`` in a ReLU's place. Under
-    "excitation" it warns when a signal meets an operation that has no rule there and passes its ordinary gradient.
+    context, about what its settings do not act on there: ReLUs of scripted and traced modules, of checkpoints, of other
+    threads or recorded outside, ``clamp(min=0)`` and ``F.threshold(x, 0, ...)`` in a ReLU's place, other poolings and
+    norms. Under "excitation" it warns when a signal meets an operation that has no rule there and passes its ordinary
+    gradient.
 
     Raises ValueError for an unknown rule, overlap or norm, and under "excitation" for the overlap "overwrite" and the
     norm "gradient", which keep no sums.
@@ -346,9 +348,14 @@ def _max_pool2d(
     ceil_mode=False,
     return_indices=False,
 ):
-    if return_indices or not _recorded(input) or input.dim() not in (3, 4):
+    if not _recorded(input) or input.dim() not in (3, 4):
         extra = {"return_indices": True} if return_indices else {}
         return func(input, kernel_size, stride or kernel_size, padding, dilation, ceil_mode, **extra)
+    if return_indices:
+        indices = F.max_pool2d(input.detach(), kernel_size, stride, padding, dilation, ceil_mode, True)[1]
+        return _max_pool2d(
+            session, F.max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode
+        ), indices
     if input.dim() == 3:
         return _max_pool2d(session, func, input[None], kernel_size, stride, padding, dilation, ceil_mode)[0]
     node = _relu_node(input)
@@ -358,6 +365,10 @@ def _max_pool2d(
     if min(checks.pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
         return func(input, kernel_size, stride, padding, dilation, ceil_mode)  # raises PyTorch's own error
     return nodes.MaxPool2d.apply(input, geometry, ceil_mode, node, session)
+
+
+def _max_pool2d_with_indices(session, func, *args, **kwargs):
+    return _max_pool2d(session, F.max_pool2d, *args, **{**kwargs, "return_indices": True})
 
 
 def _pair(value: Any) -> list[int]:
@@ -443,77 +454,24 @@ def _pair_or_none(value: Any) -> list[int | None]:
     return list(value) if isinstance(value, tuple | list) else [value, value]
 
 
-# What has no rule though it is or may hold a ReLU, by the names of PyTorch's nodes.
-_HIDDEN = {
-    "ReluBackward0": "a ReLU",
-    "HardtanhBackward0": "a ReLU6 or hardtanh",
-    "ThresholdBackward0": "F.threshold",
-    "ClampMinBackward0": "clamp(min=0)",
-    "ClampBackward1": "clamp(min=0)",
-    "CheckpointFunctionBackward": "a checkpoint (use_reentrant=True)",
-    "DifferentiableGraphBackward": "a scripted or traced module",
-}
-
-
-# Those that are one at a bound of 0 alone, and the bound's name.
-_BOUND = {
-    "ThresholdBackward0": "_saved_threshold",
-    "ClampMinBackward0": "_saved_min",
-    "ClampBackward1": "_saved_min",
-}
-
-
-def _hidden(node: Any) -> str | None:
-    """What a node of PyTorch's hides from the rules; None for most."""
-    name = type(node).__name__
-    if name == "CppFunction":  # one without a class of its own
-        name = node.name().rpartition("::")[2]
-    bound = _BOUND.get(name)
-    return None if bound is not None and getattr(node, bound) != 0 else _HIDDEN.get(name)
-
-
-def _node(end: Any) -> Any:
-    return end.node if isinstance(end, GradientEdge) else getattr(end, "grad_fn", None)
-
-
-def _first_hidden(tops: list[Any], stop: Any) -> str | None:
-    """The first thing hidden from the rules on the way down from some nodes, not looking below ``stop``."""
-    stack, seen = list(tops), {None, stop, *tops}
-    while stack:
-        node = stack.pop()
-        hidden = _hidden(node)
-        if hidden is not None:
-            return hidden
-        for below, _ in node.next_functions:
-            if below not in seen:
-                seen.add(below)
-                stack.append(below)
-    return None
-
-
 def _backward(session, func, outputs, *args, **kwargs):
     """A backward pass of the caller's: looks at once for what the rule cannot act on."""
-    rule = session.rule
-    if rule == "gradient" or session._now() is not session:
+    if session._now() is not session:
         return func(outputs, *args, **kwargs)
     ends = outputs if isinstance(outputs, tuple | list) else [outputs]
-    if ends and all(isinstance(end, Tensor) and not end.requires_grad for end in ends):
+    rule = session.rule
+    if rule != "gradient" and ends and all(isinstance(end, Tensor) and not end.requires_grad for end in ends):
         raise RuntimeError(
             f"The outputs do not require a gradient. If they are gradients themselves, taken under the rule {rule!r}: "
             "double backward is not defined there, and what is linear but for ReLUs and poolings has constant ones."
         )
-    inputs = kwargs.get("inputs", args[0] if args and func is torch.autograd.grad else None)
-    inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
-    stop = _node(inputs[0]) if len(inputs) == 1 else None
-    tops = [node for node in map(_node, ends) if node is not None]
-    hidden = None if session.warned else _first_hidden(tops, stop)
-    if hidden is not None:
-        session.warned = True
-        _warn(
-            f"The rule {rule!r} does not act on {hidden} in this graph, which passes its ordinary gradient: what runs "
-            "in scripted and traced modules, checkpoints, other threads and outside of the context is not seen, and "
-            "neither clamp nor F.threshold is taken for a ReLU."
-        )
+    if not session.warned:
+        inputs = kwargs.get("inputs", args[0] if args and func is torch.autograd.grad else None)
+        inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
+        found = _reach.out_of_reach(ends, inputs, rule, session.overwrites_now(), session.skips_norm_now())
+        if found is not None:
+            session.warned = True
+            _warn(found)
     try:
         return func(outputs, *args, **kwargs)
     except CheckpointError as error:
@@ -548,6 +506,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.hardtanh_: _hardtanh_inplace,
     F.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
+    F.max_pool2d_with_indices: _max_pool2d_with_indices,
+    torch._C._nn.max_pool2d_with_indices: _max_pool2d_with_indices,
     F.conv2d: _conv2d,
     F.linear: _affine,
     F.conv1d: _affine,
@@ -578,6 +538,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.hardtanh.default: _hardtanh,
     _aten.hardtanh_.default: _hardtanh_inplace,
     _aten.max_pool2d.default: _max_pool2d,
+    _aten.max_pool2d_with_indices.default: _max_pool2d_with_indices,
     _aten.conv2d.default: _conv2d,
     _aten.linear.default: _affine,
 }

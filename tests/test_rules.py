@@ -306,6 +306,55 @@ def test_max_pool_spellings(images):
             )
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, 2),
+        nn.MaxPool2d(3, 2, return_indices=True),
+        lambda x: F.max_pool2d_with_indices(x, 3, 2),
+        lambda x: torch.ops.aten.max_pool2d_with_indices.default(x, [3, 3], [2, 2]),
+        lambda x: torch._C._nn.max_pool2d_with_indices(x, [3, 3], [2, 2]),
+    ],
+)
+def test_the_largest_of_overlapping_signals_wins(pool):
+    """One maximum in four windows, whose signals are 1, 2, 3 and 4."""
+    x = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    x[0, 0, 2, 2] = 1.0
+    signal = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], dtype=torch.float64)
+    for overlap, expected in (("sum", 10.0), ("overwrite", 4.0)):
+        leaf = x.clone().requires_grad_()
+        with cv.backward_rule("deconvnet", overlap=overlap):
+            out = pool(F.relu(leaf))
+            if isinstance(out, tuple):
+                assert torch.equal(out[1], torch.full((1, 1, 2, 2), 12))
+                out = out[0]
+            assert torch.equal(out.detach(), torch.ones(1, 1, 2, 2, dtype=torch.float64))
+            assert torch.equal(torch.autograd.grad(out, leaf, signal)[0], x * expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings", "text"),
+    [
+        (nn.AdaptiveMaxPool2d(4), {"overlap": "overwrite"}, "overlap='overwrite' .* adaptive max pooling"),
+        (nn.MaxPool3d(3, 2), {"overlap": "overwrite"}, "overlap='overwrite' .* other than max_pool2d"),
+        (nn.FractionalMaxPool2d(2, 5), {"overlap": "overwrite"}, "overlap='overwrite' .* fractional"),
+        (nn.CrossMapLRN2d(3, alpha=1.0), {}, "norm='identity' .* nn.CrossMapLRN2d"),
+    ],
+)
+def test_what_the_settings_do_not_act_on_is_warned_about(images, layer, settings, text):
+    def gradient(rule, **options):
+        x = images.clone().requires_grad_()
+        with cv.backward_rule(rule, **options):
+            out = layer(F.conv2d(F.relu(x), W1))
+            return torch.autograd.grad(out.sum(), x)[0]
+
+    with pytest.warns(UserWarning, match=text):
+        gradient("deconvnet", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient("guided")
+
+
 def test_too_large_a_window_raises_pytorchs_error(images):
     with pytest.raises(RuntimeError, match="too small"), cv.backward_rule("guided"):
         F.max_pool2d(F.relu(images.requires_grad_()), 40)
