@@ -20,6 +20,7 @@ Parameters count as constants, whatever their ``requires_grad``.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import warnings
 import weakref
@@ -358,6 +359,8 @@ def _max_pool2d(
         ), indices
     if input.dim() == 3:
         return _max_pool2d(session, func, input[None], kernel_size, stride, padding, dilation, ceil_mode)[0]
+    if math.prod(_pair(kernel_size)) > checks.MOST:  # no switch holds that many positions
+        return func(input, kernel_size, stride or kernel_size, padding, dilation, ceil_mode)
     node = _relu_node(input)
     # Who changed the ReLU's output since (under no_grad, say) has left values there that no ReLU gave.
     node = node if node is not None and node.plain and node.version == input._version else None
@@ -415,7 +418,12 @@ def _batch_norm(
 ):
     constants = _constants(weight, bias)
     weight, bias = constants or (weight, bias)
-    if training or running_mean is None or running_var is None:
+    if running_mean is None or running_var is None:
+        _warn(
+            "Batch norm without running statistics (track_running_stats=False) takes those of the batch: its images "
+            "change each other's attributions."
+        )
+    elif training:
         _warn(
             "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
             "statistics change. Call model.eval() first."
@@ -441,7 +449,7 @@ def _avg_pool2d(session, func, input, kernel_size, stride=None, padding=0, ceil_
 
 
 def _adaptive_avg_pool2d(session, func, input, output_size):
-    if not _recorded(input) or input.dim() != 4:
+    if not _recorded(input) or input.dim() != 4 or len(_pair_or_none(output_size)) != 2:
         return func(input, output_size)
     wanted = zip(_pair_or_none(output_size), input.shape[2:], strict=True)
     size = [own if given is None else given for given, own in wanted]

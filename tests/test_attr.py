@@ -421,6 +421,9 @@ def test_bad_targets(images, name, target, error, text):
         ("0", AssertionError),
         (0, AssertionError),
         (1.5, AssertionError),
+        ((1.0, 2, 2), AssertionError),
+        ((torch.tensor(1.5), 2, 2), AssertionError),
+        ((True, 2, 2), AssertionError),
     ],
 )
 def test_bad_selectors(images, selector, error):

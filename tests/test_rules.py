@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -355,6 +356,19 @@ def test_what_the_settings_do_not_act_on_is_warned_about(images, layer, settings
         gradient("guided")
 
 
+@pytest.mark.parametrize("kernel", [46341, 70000])
+def test_a_window_of_more_positions_than_a_switch_holds_is_pytorchs(kernel):
+    x = weights(1, 2, 3, 3).requires_grad_()
+
+    def gradient():
+        out = F.max_pool2d(x * 1, kernel, kernel, kernel // 2)
+        return torch.autograd.grad(out.sum(), x)[0]
+
+    with cv.backward_rule("gradient"):
+        found = gradient()
+    assert torch.equal(found, gradient()) and found.sum() == 2
+
+
 def test_too_large_a_window_raises_pytorchs_error(images):
     with pytest.raises(RuntimeError, match="too small"), cv.backward_rule("guided"):
         F.max_pool2d(F.relu(images.requires_grad_()), 40)
@@ -663,7 +677,11 @@ def test_unknown_rules_are_refused():
 
 @pytest.mark.parametrize(
     ("layer", "text"),
-    [(nn.BatchNorm2d(6), "Batch norm runs in training"), (nn.Dropout(0.3), r"Dropout \(p=0.3\)")],
+    [
+        (nn.BatchNorm2d(6), "Batch norm runs in training"),
+        (nn.BatchNorm2d(6, track_running_stats=False), "Batch norm without running statistics"),
+        (nn.Dropout(0.3), r"Dropout \(p=0.3\)"),
+    ],
 )
 def test_training_mode_is_warned_about(images, layer, text):
     with pytest.warns(UserWarning, match=text), cv.backward_rule("guided"):
@@ -881,6 +899,31 @@ def test_torch_func_inside_is_refused(images):
     with cv.backward_rule("gradient"):
         found = torch.func.grad(lambda v: F.relu(v).sum())(images)
     assert torch.equal(found, (images > 0).double())
+
+
+def test_a_wrong_size_of_adaptive_pooling_raises_pytorchs_error(images):
+    for size in ((1,), (1, 2, 3)):
+        with pytest.raises(Exception) as plain:
+            F.adaptive_avg_pool2d(images, size)
+        with pytest.raises(plain.type, match=re.escape(str(plain.value))), cv.backward_rule("gradient"):
+            F.adaptive_avg_pool2d(images.requires_grad_(), size)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 0.7), (torch.bfloat16, 1 / 3), (torch.float16, 1 / 3)]
+)
+def test_hardtanh_at_a_bound_that_the_dtype_rounds(dtype, bound):
+    x = torch.tensor([bound, -bound, 0.0], dtype=dtype)
+
+    def gradient(context):
+        leaf = x.clone().requires_grad_()
+        with context:
+            out = F.hardtanh(leaf, -bound, bound)
+            return out.detach(), torch.autograd.grad(out.sum(), leaf)[0]
+
+    found, expected = gradient(cv.backward_rule("gradient")), gradient(contextlib.nullcontext())
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert expected[1].tolist() == [float(float(x[0]) < bound)] * 2 + [1.0]
 
 
 def test_zero_is_a_size_of_adaptive_pooling(images):

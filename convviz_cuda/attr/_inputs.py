@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,6 +117,15 @@ def _is_int(value: Any) -> bool:
     )  # NumPy's integers count, booleans do not
 
 
+def _is_index(value: Any) -> bool:
+    """Whether a value is an int to Python, as integer tensors without dims are, too."""
+    try:
+        operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return not isinstance(value, bool)
+
+
 def _column(output: Tensor, index: tuple[Any, ...]) -> Tensor:
     assert len(index) <= output.dim() - 1, (
         f"Cannot choose target column {index} with output shape {tuple(output.shape)}."
@@ -222,6 +232,9 @@ def select_neuron(layer_output: Any, selector: Selector) -> Tensor:
     index = (int(selector),) if _is_int(selector) else selector
     assert isinstance(index, tuple), (
         f"neuron_selector must be an int, a tuple or a callable, but it is {selector!r}."
+    )
+    assert all(isinstance(part, slice) or _is_index(part) for part in index), (
+        f"neuron_selector must hold ints and slices, but it is {selector!r}."
     )
     selected = _column(layer_output, index)
     if any(isinstance(part, slice) for part in index):
