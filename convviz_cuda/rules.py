@@ -14,7 +14,9 @@ batch_norm (eval)  its input                          one scale a channel
 avg_pool2d         its input                          a shape
 =================  =================================  ============================================
 
-Parameters count as constants, whatever their ``requires_grad``.
+Parameters of these layers, of linear ones, of other norms, PReLU, embeddings and ``nn.Bilinear`` count as constants,
+whatever their ``requires_grad``. Those that a model reads otherwise (in attention, in recurrent layers, in code of its
+own) do not: ``Tensor.backward`` gives them a ``.grad``, as it does without the context.
 """
 
 from __future__ import annotations
@@ -404,6 +406,13 @@ def _affine(session, func, input, weight, bias=None, *args, **kwargs):
     return func(input, weight, bias, *args, **kwargs)
 
 
+def _with_constants(session, func, input, *args, **kwargs):
+    """A layer whose parameters come behind its input."""
+    args = [p.detach() if isinstance(p, nn.Parameter) else p for p in args]
+    kwargs = {name: p.detach() if isinstance(p, nn.Parameter) else p for name, p in kwargs.items()}
+    return func(input, *args, **kwargs)
+
+
 def _batch_norm(
     session,
     func,
@@ -524,6 +533,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.conv_transpose2d: _affine,
     F.conv_transpose3d: _affine,
     F.batch_norm: _batch_norm,
+    F.group_norm: _with_constants,
+    F.instance_norm: _with_constants,
+    F.layer_norm: _with_constants,
+    F.rms_norm: _with_constants,
+    F.prelu: _with_constants,
+    Tensor.prelu: _with_constants,
+    F.embedding: _with_constants,
+    F.bilinear: _with_constants,
     F.dropout: _dropout,
     F.dropout1d: _dropout,
     F.dropout2d: _dropout,

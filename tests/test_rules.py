@@ -448,6 +448,37 @@ def test_weights_are_constants_and_get_no_grad(images):
     assert x.grad is not None and all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True), nn.LayerNorm(11), nn.RMSNorm(11), nn.PReLU(6)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_parameters_of_other_layers_are_constants(images, layer):
+    layer = copy.deepcopy(layer).double()
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -1, 1)
+
+    def gradient(context):
+        x = images.clone().requires_grad_()
+        with context:
+            layer(F.conv2d(x, W1)).square().sum().backward()
+        return x.grad
+
+    found = gradient(cv.backward_rule("gradient"))
+    assert all(p.grad is None and p.requires_grad for p in layer.parameters())
+    torch.testing.assert_close(found, gradient(contextlib.nullcontext()), rtol=1e-12, atol=1e-12)
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_parameters_of_embeddings_are_constants():
+    embedding, bilinear = nn.Embedding(5, 4).double(), nn.Bilinear(4, 3, 2).double()
+    x = weights(2, 3).requires_grad_()
+    with cv.backward_rule("gradient"):
+        bilinear(embedding(torch.tensor([1, 3])), x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in (*embedding.parameters(), *bilinear.parameters()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_follows_autograd(dtype):
     torch.manual_seed(0)
