@@ -96,9 +96,6 @@ struct Band {
     if (!right.empty()) return right[tap];
     return (tap - kernel_width.quotient(tap) * geometry.args.w.kernel) * geometry.args.w.dilation;
   }
-  int64_t offset_to(int64_t tap) const {
-    return offset.empty() ? down_to(tap) * geometry.args.w.in + right_to(tap) : offset[tap];
-  }
 
   // Rows first ... last - 1.
   template <bool OVERWRITE>
@@ -106,6 +103,12 @@ struct Band {
     const UnpoolArgs<T, S>& args = geometry.args;
     const int64_t height = last - first, width = args.w.in;
     const Cover above = geometry.rows(first), below = geometry.rows(last - 1);
+    // Copies, as the compiler must take what is written below for the members themselves.
+    const int64_t* const table = offset.empty() ? nullptr : offset.data();
+    const I count = static_cast<I>(taps);
+    const int64_t reach = last_right;
+    A* const sums = signal.data();
+    I* const marks = found.data();
     for (int64_t oh = above.first; oh <= below.last; ++oh) {
       const T* grad = windows.grad_at(oh, 0);
       const S* switches = windows.switch_at(oh, 0);
@@ -113,15 +116,16 @@ struct Band {
       const bool inside = top >= 0 && top + last_down < height;
       for (int64_t ow = 0; ow < args.w.out; ++ow) {
         const I s = switches[ow], p = s < 0 ? ~s : s;
-        if (p >= taps) continue;
+        if (p >= count) continue;
         const int64_t left = ow * args.w.stride - args.w.padding;
-        if (!inside || left < 0 || left + last_right >= width) {
+        if (!inside || left < 0 || left + reach >= width) {
           const int64_t h = top + down_to(p), w = left + right_to(p);
           if (h < 0 || h >= height || w < 0 || w >= width) continue;
         }
-        const int64_t at = top * width + left + offset_to(p);
-        signal[at] = combined<OVERWRITE>(signal[at], to_acc(grad[ow * windows.column]), found[at] == 0);
-        found[at] |= s < 0 ? 1 : 3;
+        const int64_t tap = table != nullptr ? table[p] : down_to(p) * width + right_to(p);
+        const int64_t at = top * width + left + tap;
+        sums[at] = combined<OVERWRITE>(sums[at], to_acc(grad[ow * windows.column]), marks[at] == 0);
+        marks[at] |= s < 0 ? 1 : 3;
       }
     }
   }
