@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from ._inputs import (
     Selector,
     Target,
     as_tuple,
+    cloned,
     extra_args,
     leaves,
     restore,
@@ -141,28 +141,20 @@ class GradientAttribution(Named):
     def _forward(self, session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
         output = self.forward_func(*xs, *extra_args(args))
         session.layers += 1  # a forward was made, also where the mode could not see into it
-        if self.rule != "gradient" and isinstance(self.forward_func, nn.Module):
-            scripted = [m for m in self.forward_func.modules() if isinstance(m, torch.jit.ScriptModule)]
-            if scripted and session.rectifiers:
-                warnings.warn(
-                    f"The model has scripted modules, which cannot be looked into: the rule {self.rule!r} does not act "
-                    "on their ReLUs.",
-                    UserWarning,
-                    stacklevel=5,
-                )
         return output
 
     def _in_best_layout(self, xs: tuple[Tensor, ...], run: Callable[[tuple[Tensor, ...], bool], Any]) -> Any:
         """``run(xs, ours)`` in channels_last (``ours``) where that gains; else, or if that fails, as given."""
-        # In training mode a second run would not be the same.
-        fast = None if self._layout_matters or in_training(self.forward_func) else turned(xs)
-        if fast is not None:
+        fast = None if self._layout_matters else turned(xs)
+        undo = None if fast is None else undoing(self.forward_func)
+        if undo is not None:
             # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
             # error comes again.
             with contextlib.suppress(RuntimeError):
                 return run(fast, True)
+            undo()
         found = run(xs, False)
-        self._layout_matters = fast is not None or self._layout_matters
+        self._layout_matters = undo is not None or self._layout_matters
         return found
 
     def _attribute(
@@ -199,7 +191,7 @@ class GradientAttribution(Named):
                 session.layout_turned = ours
                 # Clones, because a model that changes its input in place must change neither a leaf nor the caller's.
                 given = xs if ours else tuple(x.clone() for x in xs)
-                return differentiate((forward or self._forward)(session, given, args), xs)
+                return differentiate((forward or self._forward)(session, given, cloned(args)), xs)
 
         return self._in_best_layout(xs, run)
 
@@ -254,7 +246,11 @@ def target_scores(targets: Any) -> list[Callable[[Tensor], Tensor]]:
 
 
 class NeuronAttribution(GradientAttribution):
-    """What the neuron methods share: the forward stops at a layer and the scores are neurons of its output."""
+    """What the neuron methods share: the scores are neurons of a layer's output.
+
+    The forward stops at the layer where the way to it leads through ``nn.Sequential`` only. Through other code it runs
+    to its end: the layer may run again there, which can depend on the data, and its last run counts.
+    """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str, device_ids: list[int] | None = None) -> None:
         check_module(model)
@@ -262,7 +258,6 @@ class NeuronAttribution(GradientAttribution):
         self.layer = find_layer(model, layer)
         # Accepted because Captum has it: replicas of DataParallel are not looked into, the model runs as it is.
         self.device_ids = device_ids
-        self._runs: dict[Any, int | None] = {}
 
     def attribute(
         self,
@@ -271,7 +266,7 @@ class NeuronAttribution(GradientAttribution):
         additional_forward_args: Any = None,
         attribute_to_neuron_input: bool = False,
     ) -> Inputs:
-        """The attribution of a neuron of the layer to the inputs. The forward stops at the layer.
+        """The attribution of a neuron of the layer to the inputs.
 
         Args:
             inputs: a float tensor ``(N, ...)`` or a tuple of them.
@@ -321,37 +316,19 @@ class NeuronAttribution(GradientAttribution):
             inputs, additional_forward_args, differentiate, self._to_layer(attribute_to_neuron_input)
         )
 
-    def _to_layer(self, of_input: bool) -> Callable[..., Any]:
+    def _to_layer(self, of_input: bool, last: int | None = None) -> Callable[..., Any]:
+        """``forward(session, xs, args)`` that gives what the layer gives (or gets), by default in its last run."""
+        last = last or (1 if runs_once(self.forward_func, self.layer) else None)
+
         def forward(session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
             session.expects_rectifier = False  # below a low layer there may rightly be none
             seen: list[Any] = []
-            self._run_to_layer(xs, args, of_input, self._count_runs(xs, args), seen)
+            self._run_to_layer(xs, args, of_input, last, seen)
             assert seen, f"The layer {self.layer} did not run in this forward, so it has no neurons."
-            last = seen[-1]
-            return last[0] if isinstance(last, tuple) and len(last) == 1 else last
+            output = seen[-1]
+            return output[0] if isinstance(output, tuple) and len(output) == 1 else output
 
         return forward
-
-    def _count_runs(self, xs: tuple[Tensor, ...], args: Any) -> int | None:
-        """How often a forward runs the layer, so that the last run can end it; None where that cannot be known.
-
-        Tried with a single example, once for each shape of the inputs. Not with a model in training mode, which this
-        would change, nor with additional arguments, on which the number of runs may depend.
-        """
-        if args is not None or in_training(self.forward_func):
-            return None
-        key = tuple((x.shape, x.dtype) for x in xs)
-        if key not in self._runs:
-            size = xs[0].shape[0] if xs[0].dim() else 0
-            whole = any(x.dim() == 0 or x.shape[0] != size for x in xs)
-            one = tuple((x if whole else x[:1]).detach().clone() for x in xs)
-            seen: list[Any] = []
-            self._runs[key] = None
-            # A model that does not bear a single example fails unseen; then there is no early end.
-            with torch.no_grad(), contextlib.suppress(Exception):
-                self._run_to_layer(one, args, False, None, seen)
-                self._runs[key] = len(seen) or None
-        return self._runs[key]
 
     def _run_to_layer(
         self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None, seen: list[Any]
@@ -359,7 +336,7 @@ class NeuronAttribution(GradientAttribution):
         """Collects what the layer gave (or got) at each of its runs; the forward ends at run number ``last``."""
 
         def keep(_: int, value: Any) -> None:
-            if last is None and torch.is_grad_enabled():
+            if last is None:
                 # The forward goes on, and the next layer may change this in place.
                 value = torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)
             seen.append(value)
@@ -368,6 +345,18 @@ class NeuronAttribution(GradientAttribution):
 
         with contextlib.suppress(_Stop), tapped([self.layer], keep, of_input):
             self.forward_func(*xs, *extra_args(args))
+
+
+def runs_once(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether every forward runs the layer once: it stands in one place, with only ``nn.Sequential`` around it."""
+    while model is not layer:
+        if type(model).forward is not nn.Sequential.forward or "forward" in vars(model):
+            return False
+        around = [child for child in model if any(module is layer for module in child.modules())]
+        if len(around) != 1:
+            return False
+        (model,) = around
+    return True
 
 
 def check_at_once(name: str, at_once: Any) -> None:
@@ -399,6 +388,29 @@ def warn_in_training(function: Any) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def undoing(function: Any) -> Callable[[], None] | None:
+    """A call that undoes what a forward from here on does to the random state and to a model's buffers.
+
+    None for a model of which a part is in training mode: it may change more than that.
+    """
+    modules = list(function.modules()) if isinstance(function, nn.Module) else []
+    if any(module.training for module in modules):
+        return None
+    random = torch.get_rng_state()
+    named = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    values = [buffer.clone() for *_, buffer in named]
+
+    def undo() -> None:
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for (held, name, buffer), value in zip(named, values, strict=True):
+                held[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+    return undo
 
 
 @contextlib.contextmanager

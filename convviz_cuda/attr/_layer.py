@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..rules import backward_rule
 from ._gradient import GradientAttribution, evaluated, find_layer, warn_in_training
-from ._inputs import Inputs, as_tuple, extra_args, restore
+from ._inputs import Inputs, as_tuple, cloned, extra_args, restore
 from ._taps import tapped
 
 Layer = nn.Module | str
@@ -109,17 +109,19 @@ class LayerAttribution(GradientAttribution):
         modules = self._modules(self.layers if layers is None else layers, given, args)
         if from_inputs:
             with torch.enable_grad():  # clones, as a model may change its input in place
-                return self._read_once(tuple(x.clone() for x in tensors), args, modules, of_input, use, True)
+                return self._read_once(
+                    tuple(x.clone() for x in tensors), cloned(args), modules, of_input, use, True
+                )
 
         def run(xs: Values, ours: bool) -> Any:
             given = xs if ours else tuple(x.clone() for x in xs)  # a model may change its input in place
             if not differentiate:
                 with torch.no_grad():
-                    return self._read_once(given, args, modules, of_input, use, False)
+                    return self._read_once(given, cloned(args), modules, of_input, use, False)
             with torch.enable_grad(), self._context() as session:
                 session.layout_turned = ours
                 session.expects_rectifier = False  # above a late layer there may rightly be none
-                return self._read_once(given, args, modules, of_input, use, True)
+                return self._read_once(given, cloned(args), modules, of_input, use, True)
 
         return self._in_best_layout(given, run)
 

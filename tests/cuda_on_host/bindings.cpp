@@ -80,8 +80,8 @@ void relu(const std::string& dtype, const py::array& x, const py::array& out, co
                            pointer<T>(out),
                            pointer<uint8_t>(mask),
                            numel,
-                           to_acc(static_cast<T>(static_cast<A>(lower))),
-                           upper ? to_acc(static_cast<T>(static_cast<A>(*upper))) : none};
+                           static_cast<A>(lower),
+                           upper ? static_cast<A>(*upper) : none};
     check(relu_cuda(args, nullptr));
   });
 }
