@@ -430,6 +430,11 @@ def _key(model: nn.Module, images: Tensor) -> Any:
     return (tuple(images.shape[1:]), images.dtype, images.device, state), tuple(settings)
 
 
+def settings_of(model: nn.Module) -> tuple[Any, ...]:
+    """The plain attributes of a model's modules, which hold their settings: numbers, names, tuples of them."""
+    return tuple((id(m), *(v for v in vars(m).values() if _is_plain(v))) for m in model.modules())
+
+
 def _is_plain(value: Any) -> bool:
     return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 

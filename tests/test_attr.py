@@ -251,6 +251,55 @@ def test_the_last_run_counts_whatever_it_depends_on(images, name):
     assert_equal_to(getattr(attr, name)(by_data, "conv").attribute(x, (0, 3, 3)), thrice(by_data, x))
 
 
+@pytest.mark.parametrize("name", NEURON_METHODS)
+def test_forwards_stop_at_the_layer_once_its_last_run_is_known(images, name):
+    behind = []
+    model = Loop(2).eval()
+    head = nn.Linear(3, 2)
+    head.register_forward_hook(lambda *_: behind.append(1))
+    model.forward = lambda x: head(Loop.forward(model, x))
+    method = getattr(attr, name)(model, "conv")
+    first = method.attribute(images, (0, 3, 3))
+    assert len(behind) == 1
+    for changed, runs in ((images, 1), (-images, 1), (images[:2], 2), (images[:2], 2)):
+        found = method.attribute(changed, (0, 3, 3))
+        assert_equal_to(found, getattr(attr, name)(Loop(2).eval(), "conv").attribute(changed, (0, 3, 3)))
+        assert len(behind) == runs
+    model.runs = 1  # another network
+    assert not torch.allclose(method.attribute(images, (0, 3, 3)), first) and len(behind) == 3
+    method.attribute(images, (0, 3, 3))
+    assert len(behind) == 3
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: bool(x.mean() > 0), lambda x: x.mean().item() > 0, lambda x: x.detach().mean().numpy() > 0,
+        lambda x: x.mean().tolist() > 0, lambda x: float(x.mean()) > 0, lambda x: not torch.equal(x, -x.abs()),
+        lambda x: 1.0 in (x > 0).float(),
+    ],
+)  # fmt: skip
+def test_forwards_never_stop_early_where_code_looks_at_values(images, look):
+    behind = []
+    model = Loop(1).eval()
+
+    def forward(x):
+        model.runs = 3 if look(x) else 1
+        behind.append(model.runs)
+        x = Loop.forward(model, x)
+        behind.append("end")
+        return x
+
+    model.forward = forward
+    method = attr.NeuronGuidedBackprop(model, "conv")
+    for x in (-images.abs() - 1, images.abs() + 1, -images.abs() - 1, images.abs() + 1):
+        model.runs = 1
+        found = method.attribute(x, (0, 3, 3))
+        fresh = attr.NeuronGuidedBackprop(Loop(3 if x.mean() > 0 else 1).eval(), "conv")
+        assert_equal_to(found, fresh.attribute(x, (0, 3, 3)))
+    assert behind == [1, "end", 3, "end", 1, "end", 3, "end"]
+
+
 def test_a_layer_in_two_places_of_a_sequential(images):
     conv = nn.Conv2d(3, 3, 3)
     model = nn.Sequential(conv, nn.ReLU(), nn.Sequential(nn.Identity(), conv), nn.Softplus()).eval()

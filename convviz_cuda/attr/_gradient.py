@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
 
 from ..checks import check_int
-from ..network import twin_of
+from ..network import settings_of, twin_of
 from ..rules import backward_rule
 from ._inputs import (
     Inputs,
@@ -245,11 +247,41 @@ def target_scores(targets: Any) -> list[Callable[[Tensor], Tensor]]:
     return [lambda output, t=target: select_target(output, t) for target in target_list(targets)]
 
 
+# Functions that give Python what is in a tensor.
+LOOKS = {
+    *(
+        "__array__",
+        "__bool__",
+        "__complex__",
+        "__contains__",
+        "__dlpack__",
+        "__float__",
+        "__index__",
+        "__int__",
+    ),
+    *(
+        "__nonzero__",
+        "allclose",
+        "data_ptr",
+        "equal",
+        "is_nonzero",
+        "item",
+        "numpy",
+        "tolist",
+        "untyped_storage",
+    ),
+}
+REMEMBERED = 16  # shapes of inputs and settings of a model
+
+
 class NeuronAttribution(GradientAttribution):
     """What the neuron methods share: the scores are neurons of a layer's output.
 
-    The forward stops at the layer where the way to it leads through ``nn.Sequential`` only. Through other code it runs
-    to its end: the layer may run again there, which can depend on the data, and its last run counts.
+    The forward stops at the layer: at once where the way to it leads through ``nn.Sequential`` only. Through other code
+    the first forward for each shape of the inputs, and after settings of the model's modules have changed, runs to its
+    end to see which run of the layer is the last. Where that forward looked at the values of a tensor, so that the data
+    may decide how often the layer runs, all later ones run to their end too, and so they do in training mode and with
+    additional arguments.
     """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str, device_ids: list[int] | None = None) -> None:
@@ -258,6 +290,7 @@ class NeuronAttribution(GradientAttribution):
         self.layer = find_layer(model, layer)
         # Accepted because Captum has it: replicas of DataParallel are not looked into, the model runs as it is.
         self.device_ids = device_ids
+        self._runs: dict[Any, int | None] = {}
 
     def attribute(
         self,
@@ -323,12 +356,30 @@ class NeuronAttribution(GradientAttribution):
         def forward(session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
             session.expects_rectifier = False  # below a low layer there may rightly be none
             seen: list[Any] = []
-            self._run_to_layer(xs, args, of_input, last, seen)
+            if last is None:
+                self._run_to_last(xs, args, of_input, seen)
+            else:
+                self._run_to_layer(xs, args, of_input, last, seen)
             assert seen, f"The layer {self.layer} did not run in this forward, so it has no neurons."
             output = seen[-1]
             return output[0] if isinstance(output, tuple) and len(output) == 1 else output
 
         return forward
+
+    def _run_to_last(self, xs: tuple[Tensor, ...], args: Any, of_input: bool, seen: list[Any]) -> None:
+        """To the run of the layer that was the last for inputs of these shapes, if it is known and will be the same."""
+        if args is not None or in_training(self.forward_func):
+            self._run_to_layer(xs, args, of_input, None, seen)
+            return
+        key = tuple((x.shape, x.dtype) for x in xs), settings_of(self.forward_func)
+        if key in self._runs:
+            self._run_to_layer(xs, args, of_input, self._runs[key], seen)
+            return
+        with _Looks() as looks:
+            self._run_to_layer(xs, args, of_input, None, seen)
+        while len(self._runs) >= REMEMBERED:
+            self._runs.pop(next(iter(self._runs)))
+        self._runs[key] = None if looks.looked else len(seen) or None
 
     def _run_to_layer(
         self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None, seen: list[Any]
@@ -345,6 +396,16 @@ class NeuronAttribution(GradientAttribution):
 
         with contextlib.suppress(_Stop), tapped([self.layer], keep, of_input):
             self.forward_func(*xs, *extra_args(args))
+
+
+class _Looks(TorchFunctionMode):
+    """Whether values of tensors became numbers or truths of Python, on which its code may depend."""
+
+    looked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.looked = self.looked or getattr(func, "__name__", "") in LOOKS
+        return func(*args, **(kwargs or {}))
 
 
 def runs_once(model: nn.Module, layer: nn.Module) -> bool:
