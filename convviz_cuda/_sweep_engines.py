@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import window_ops as ops
 from ._sweep_plan import Geometry, Group, costs
-from ._sweep_program import Program
+from ._sweep_program import Program, channel_sums
 from .network import Network, rows_agree
 from .progress import Progress
 
@@ -115,7 +115,7 @@ class Incremental:
             place = network.layer_index(layer)
             with torch.no_grad():
                 values = [
-                    network.run(image, [place])[1][place].sum((2, 3))
+                    channel_sums(network.run(image, [place])[1][place])
                     for image in self.images.split(self.plan.block)
                 ]
             sums = torch.cat(values)
@@ -123,7 +123,8 @@ class Incremental:
             if not self.narrow:
                 with torch.no_grad(), recorder:
                     self.model(self.images.clone())
-            if not self.narrow and not rows_agree(recorder.sums.get(layer, sums[:0]), sums):
+            seen = recorder.sums.get(layer, sums[:0])
+            if not self.narrow and not rows_agree(seen, sums, self.images.dtype):
                 raise ValueError(
                     f"What the module {layer!r} returns is not the last map that it computes; "
                     "incremental=False serves it."
@@ -149,7 +150,7 @@ class Incremental:
                     variants = _variants(len(images), group, mask, begin)
                     if len(variants) and bases is None:
                         bases = self._clean_maps(network, plan, images)
-                        sums = {index: bases[index].sum((2, 3)) for index in plan.probes}
+                        sums = {index: channel_sums(bases[index]) for index in plan.probes}
                         means = [bases[i] for i in plan.cached if network.layers[i].kind == "mean"]
                         finite = all(bool(v.isfinite().all()) for v in (*means, *sums.values()))
                     chunk = -(-len(variants) // max(1, -(-len(variants) // most)))
@@ -523,7 +524,7 @@ class _Recorder:
     def _keep(self, name: str, out: Any) -> None:
         if not isinstance(out, Tensor) or out.dim() != 4:
             raise ValueError(f"The layer {name!r} has no feature maps.")
-        self.sums[name] = out.detach().sum((2, 3))
+        self.sums[name] = channel_sums(out.detach())
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:

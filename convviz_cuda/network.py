@@ -489,15 +489,15 @@ def _check(network: Network, model: nn.Module, example: Tensor) -> None:
         raise CannotCapture("The captured layers do not give the model's own output for noise.")
 
 
-def rows_agree(a: Tensor, b: Tensor) -> bool:
+def rows_agree(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether two results of the same function agree as far as rounding allows (NaN where the other has
-    NaN)."""
+    NaN); ``dtype``: the one that they were computed in, if it is another than theirs."""
     if a.shape != b.shape:
         return False
     if a.numel() == 0 or not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 6e-2}.get(
-        a.dtype, 1e-4
+        dtype or a.dtype, 1e-4
     )
     wide_a, wide_b = a.double(), b.double()
     finite = wide_a[torch.isfinite(wide_a)]

@@ -401,6 +401,28 @@ def test_a_model_in_bfloat16():
     close(occlusion_sweep(model, x, 8, 8).scores().float(), brute_force(model, x, 8, 8).float(), 0.05)
 
 
+@pytest.mark.parametrize("incremental", [True, False])
+def test_sums_over_maps_that_float16_cannot_hold(incremental):
+    """The average is within its range, the sum of a rectangle is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()  # fmt: skip
+    x = images(1, 3, 96, 96, torch.float32).abs() * 40 + 20
+    with torch.no_grad():
+        model[0].weight.abs_()
+    truth = brute_force(model.double(), x.double(), 64, 32)
+    sums = brute_force(lambda y: model[:2](y).sum((2, 3)), x.double(), 64, 32)
+    assert sums.max() - sums.min() > 2 * torch.finfo(torch.float16).max
+    model = model.half()
+    sweep = occlusion_sweep(model, x.half(), 64, 32, incremental=incremental)
+    close(sweep.scores().double(), truth, 0.01)
+    close(sweep.activation_map("1", 2).double(), sums[..., 2], 0.01)
+    if incremental:
+        reduced = occlusion_sweep(model.float(), x, 64, 32, dtype=torch.float16)
+        assert reduced.error < 0.01
+
+
 # -- brute force where there is no other way
 
 
