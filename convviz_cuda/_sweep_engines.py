@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import window_ops as ops
+from ._evaluated import evaluated
 from ._sweep_plan import Geometry, Group, costs
 from ._sweep_program import Program, channel_sums
 from .network import Network, rows_agree
@@ -121,8 +122,8 @@ class Incremental:
             sums = torch.cat(values)
             recorder = _Recorder(self.model, (layer,))
             if not self.narrow:
-                with torch.no_grad(), recorder:
-                    self.model(self.images.clone())
+                with torch.no_grad(), recorder, evaluated(self.model) as run:
+                    run(self.images.clone())
             seen = recorder.sums.get(layer, sums[:0])
             if not self.narrow and not rows_agree(seen, sums, self.images.dtype):
                 raise ValueError(
@@ -464,7 +465,7 @@ class BruteForce:
     def channel_sums(self, layer: str) -> Tensor:
         if layer not in self._sums:
             with torch.no_grad(), _Recorder(self.model, (layer,)) as recorder:
-                self.model(self.images.clone())
+                self.sweep._forward(self.model, self.images.clone())
             if layer not in recorder.sums:
                 raise ValueError(f"The layer {layer!r} does not run.")
             self._sums[layer] = recorder.sums[layer]

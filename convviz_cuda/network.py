@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._draws import drawn_from
 from ._export import Unsupported, parse
 from ._layers import Axis, Layer
 
@@ -437,6 +438,7 @@ def _is_plain(value: Any) -> bool:
 def _capture(model: nn.Module, images: Tensor) -> Network:
     example = torch.zeros(2, *images.shape[1:], dtype=images.dtype, device=images.device)
     twin = twin_of(model)
+    drawn = drawn_from()  # what a model draws leaves PyTorch's random state alone
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
@@ -444,7 +446,8 @@ def _capture(model: nn.Module, images: Tensor) -> Network:
             program = torch.export.export(
                 twin, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
-            network = Network(*parse(program, twin))
+            with drawn:
+                network = Network(*parse(program, twin))
     except (KeyboardInterrupt, MemoryError, CannotCapture):
         raise
     except Unsupported as error:
@@ -456,7 +459,8 @@ def _capture(model: nn.Module, images: Tensor) -> Network:
         ) from None
     finally:
         assert modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    _check(network, model, example)
+    with drawn:
+        _check(network, model, example)
     return network
 
 

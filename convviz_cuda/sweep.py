@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import window_ops as ops
+from ._evaluated import evaluated, modules_behind, warn_of_training
 from ._sweep_engines import BruteForce, Incremental, Part
 from ._sweep_plan import window_spans
 from .checks import check_images
@@ -69,7 +70,10 @@ def occlusion_sweep(
     Args:
         model: images (N, C, H, W) -> scores (N, K) or (N,), each image's scores independent of the others'.
             A module in evaluation mode is captured and swept incrementally (see
-            :meth:`OcclusionSweep.explain`); any other callable runs on masked images.
+            :meth:`OcclusionSweep.explain`); any other callable runs on masked images. In training mode, of
+            which a UserWarning tells, it runs as it is, on one position of all images at a time; its buffers
+            (also behind a partial or a method) and PyTorch's random state are put back, and random layers
+            draw the same numbers in each forward.
         images: (B, C, H, W), floating point, on the model's device.
         window: the occluder's side or (height, width) in pixels; a *list* of these gives a list of sweeps.
         stride: between windows in pixels, an int or (vertical, horizontal).
@@ -97,6 +101,8 @@ def occlusion_sweep(
     sizes = window if isinstance(window, list) else [window]
     if not sizes:
         raise ValueError("window must name at least one size, but it is an empty list.")
+    for module in modules_behind((model,)):
+        warn_of_training(module, "a position's scores belong to all images together", stacklevel=3)
     sweeps = [
         OcclusionSweep(
             model, images, each, stride, fill, targets, border, seed, memory_limit, dtype, tf32, refine,
@@ -243,8 +249,12 @@ class OcclusionSweep:
         return BruteForce(self, self._model, False, why)
 
     def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """Scores (N, K); the model may write to its input, so that images which are still needed come as a copy."""
-        return self._as_scores(model(images), len(images))
+        """Scores (N, K); the model may write to its input, so that images which are still needed come as a copy.
+
+        Its buffers and PyTorch's random state stay as they are; random numbers are the same in each forward.
+        """
+        with evaluated(model, so=None) as run:
+            return self._as_scores(run(images), len(images))
 
     def _as_scores(self, scores: Any, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convviz_cuda
 from convviz_cuda import _sweep_engines as engines
+from convviz_cuda._draws import drawn_from
 from convviz_cuda._layers import Layer
 from convviz_cuda._sweep_plan import Geometry, costs, window_spans
 from convviz_cuda.fills import fill_values
@@ -944,11 +945,36 @@ def test_models_for_one_image_and_in_training_mode():
         return net(y)
 
     close(occlusion_sweep(single, x, 8, 8).scores(), brute_force(net, x, 8, 8))
-    ours, theirs = small_net().train(), small_net().train()
-    batch = images(2)
-    occlusion_sweep(ours, batch, 8, 8)
-    theirs(batch)
-    assert torch.equal(ours[1].running_mean, theirs[1].running_mean)
+    model, batch = nn.Sequential(small_net(), nn.Dropout(0.5)).train(), images(2)
+    before = [torch.get_rng_state(), *(b.clone() for b in model.buffers())]
+    with pytest.warns(UserWarning, match="BatchNorm2d.*random .Dropout.*all images together"):
+        sweep = occlusion_sweep(model, batch, 8, 8)
+    scores = sweep.scores()
+    assert all(map(torch.equal, before, [torch.get_rng_state(), *model.buffers()]))
+    assert all(module.training for module in model.modules())
+    # All images of a position in one forward, each with the same noise.
+    with drawn_from():
+        factors = model[1](torch.ones(2, 5, dtype=torch.float64))
+    model[1].eval()
+    close(scores, brute_force(model, batch, 8, 8) * factors[:, None, None])
+
+
+def test_random_functions_leave_the_random_state_alone():
+    net, x = small_net(), images(2)
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, y):
+            return self.net(y) + torch.randn(5) * 1e-3
+
+    before = torch.get_rng_state()
+    for model in (Noisy().eval(), lambda y: F.dropout(net(y))):
+        sweeps = [occlusion_sweep(model, x, 8, 8) for _ in range(2)]
+        assert torch.equal(sweeps[0].scores(), sweeps[1].scores())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Flat(nn.Module):
