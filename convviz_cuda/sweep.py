@@ -423,9 +423,10 @@ class OcclusionSweep:
             _precision(self._tf32),
             # As it was when the sweep was made; the captured layers ran without it.
             torch.autocast(self._images.device.type, dtype=self._autocast[1], enabled=self._autocast[0]),
-            Progress(total, "windows", self._progress, "occlusion") as bar,
+            Progress(
+                total, "windows", self._progress, "occlusion", skipped=total - int(state.left.sum())
+            ) as bar,
         ):
-            bar.advance(total - int(state.left.sum()))
             for part in self._engine.parts(
                 layers, None if bool(state.left.all()) else state.left.clone(), bar
             ):
