@@ -675,6 +675,15 @@ def test_refine_without_tolerance_is_the_whole_sweep():
         ({"dtype": torch.int8}, ValueError, "dtype"),
         ({"refine": 1}, ValueError, "refine must be at least 2"),
         ({"refine": 2, "refine_tolerance": 2.0}, ValueError, "refine_tolerance"),
+        (
+            {"refine": 2, "refine_tolerance": "a"},
+            TypeError,
+            "refine_tolerance must be a number, but it is 'a'",
+        ),
+        ({"seed": "a"}, ValueError, "seed must be an int .* but it is 'a'"),
+        ({"seed": 1.5, "fill": "noise"}, ValueError, "seed must be an int .* but it is 1.5"),
+        ({"seed": 2**60, "fill": "noise"}, ValueError, "seed must be an int"),
+        ({"targets": 1.0}, TypeError, "targets must be a list of classes, but it is 1.0"),
     ],
 )
 def test_bad_arguments(change, error, words):
@@ -711,6 +720,26 @@ def test_bad_models_images_and_targets():
 def test_no_images():
     sweep = occlusion_sweep(small_net(), images(0), 8, 8)
     assert sweep.scores().shape == (0, 3, 3, 5) and sweep.label_map().shape == (0, 3, 3)
+    assert "there are no images" in sweep.explain()
+    narrow = occlusion_sweep(small_net(), images(0), 8, 8, dtype=torch.bfloat16)
+    assert narrow.scores().dtype == torch.bfloat16 and narrow.scores().shape == (0, 3, 3, 5)
+    assert narrow.error == 0
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sum, lambda scores: scores[:1], lambda scores: float(scores[0, 0])]
+)
+def test_reductions_of_a_chunk_are_refused(function):
+    sweep = occlusion_sweep(small_net(), images(2), 8, 8)
+    with pytest.raises(ValueError, match=r"function must make \(n, ...\) of scores \(n, K\)"):
+        sweep.reduce(function)
+
+
+def test_the_dtype_of_an_attribution_and_pixels_between_windows():
+    x = images(1, dtype=torch.float32)
+    found = occlusion_sweep(lambda y: y.double().mean((2, 3)), x, 2, 8).attribution(0)
+    assert found.dtype == torch.float64
+    assert found[0, :2, :2].ne(0).all() and found[0, 2:8].eq(0).all()
 
 
 def test_rows_agree_scales_with_the_values():
