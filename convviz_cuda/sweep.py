@@ -148,6 +148,7 @@ class OcclusionSweep:
         self.memory_limit = int(limit)
         self._results: dict[Any, Tensor] = {}
         self._passes: dict[Any, _Pass] = {}
+        self._known: list[Part] = []  # the scores of the coarse grid, with ``refine``
         self._lock = threading.RLock()
         self._captured: Network | None = None
         device = images.device.type
@@ -421,25 +422,30 @@ class OcclusionSweep:
         state = self._passes.setdefault(key, _Pass({}, self.evaluated.clone()))
         mask = None if bool(self.evaluated.all()) else self.evaluated
         total = int(self.evaluated.sum())
+
+        def take(part: Part) -> None:
+            place = (part.image, part.row, part.col)
+            for name, each in wanted.items():
+                value = each.function(part)
+                if name not in state.results:
+                    state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
+                state.results[name][place] = value
+            state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
+
         with (
             torch.no_grad(),
             _precision(self._tf32),
             # As it was when the sweep was made; the captured layers ran without it.
             torch.autocast(self._images.device.type, dtype=self._autocast[1], enabled=self._autocast[0]),
-            Progress(
-                total, "windows", self._progress, "occlusion", skipped=total - int(state.left.sum())
-            ) as bar,
         ):
-            for part in self._engine.parts(
-                layers, None if bool(state.left.all()) else state.left.clone(), bar
-            ):
-                place = (part.image, part.row, part.col)
-                for name, each in wanted.items():
-                    value = each.function(part)
-                    if name not in state.results:
-                        state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
-                    state.results[name][place] = value
-                state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
+            if not layers and not state.results:
+                for part in self._known:
+                    take(part)
+            skipped = total - int(state.left.sum())
+            left = None if bool(state.left.all()) else state.left.clone()
+            with Progress(total, "windows", self._progress, "occlusion", skipped=skipped) as bar:
+                for part in self._engine.parts(layers, left, bar):
+                    take(part)
         if not state.results:  # not a single window
             none = torch.zeros(0, dtype=torch.long, device=self.clean.device)
             sums = {layer: self._engine.channel_sums(layer)[:0] for layer in layers}
@@ -468,13 +474,17 @@ class OcclusionSweep:
         mask[:, self._coarse[0][:, None], self._coarse[1][None, :]] = True
         self.evaluated = mask
         best = self.clean.argmax(1)
-        # The classes that were asked for, or the one that the clean image is taken for.
-        watch = _Reduction(
-            (lambda part: part.scores)
-            if self.classes is not None
-            else (lambda part: _pick(part.scores, best, part.image)[:, None])
-        )
-        seen = self._run({"watched": watch})["watched"]
+        kept: list[Part] = []
+        few = int(mask.sum()) * self.clean.shape[1] * self.clean.element_size() <= self.memory_limit // 64
+
+        def watched(part: Part) -> Tensor:
+            """The scores of the classes that were asked for, or of the one that the clean image is taken for."""
+            if few:  # no later pass needs to evaluate them again
+                kept.append(part._replace(scores=part.scores.clone()))
+            return part.scores if self.classes is not None else _pick(part.scores, best, part.image)[:, None]
+
+        seen = self._run({"watched": _Reduction(watched)})["watched"]
+        self._known = kept
         seen = seen.float().cpu()[:, self._coarse[0]][:, :, self._coarse[1]]
         low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
         spread = (high - low).clamp_min(1e-30)

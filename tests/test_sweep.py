@@ -650,6 +650,37 @@ def test_refine_without_tolerance_is_the_whole_sweep():
     close(sweep.scores(), brute_force(model, x, 5, 2))
 
 
+@pytest.mark.parametrize("incremental", [True, False])
+def test_refine_evaluates_each_window_once(incremental):
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, 4, 1, refine=4, refine_tolerance=0.5, incremental=incremental)
+    evaluated = sweep.evaluated
+    coarse = torch.zeros_like(evaluated)
+    coarse[:, ::4, ::4] = True
+    assert coarse[:, -1, -1].all() and 0 < (evaluated & ~coarse).sum() < (~coarse).sum()
+    masks, parts = [], sweep._engine.parts
+    sweep._engine.parts = lambda layers, mask, bar: masks.append(mask) or parts(layers, mask, bar)
+    found, truth = sweep.scores(), brute_force(model, x, 4, 1)
+    assert len(masks) == 1 and torch.equal(masks[0], evaluated & ~coarse)
+    close(found[evaluated], truth[evaluated])
+    sums = brute_force(lambda y: model[:3](y).sum((2, 3)), x, 4, 1)[..., 1]
+    close(sweep.activation_map("2", 1)[evaluated], sums[evaluated])  # of the coarse grid too
+
+
+def test_refine_counts_the_images_of_a_function():
+    seen = []
+
+    def function(y):
+        seen.append(len(y))
+        return y.mean((2, 3))
+
+    sweep = occlusion_sweep(function, images(1, 3, 40, 40), 4, 1, refine=4, refine_tolerance=1.0)
+    assert sum(seen) < sweep.evaluated.sum() + 8  # the clean image, and a look at whether others disturb it
+    before = sum(seen)
+    sweep.scores()
+    assert sum(seen) == before
+
+
 # -- bad input
 
 
