@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convviz_cuda
 from convviz_cuda import _sweep_engines as engines
+from convviz_cuda import window_ops as ops
 from convviz_cuda._layers import Layer
 from convviz_cuda._sweep_plan import Geometry, costs, window_spans
 from convviz_cuda.fills import fill_values
@@ -1080,6 +1081,67 @@ def test_threads_of_later_threads():
 
     occlusion_sweep(small_net(), images(2), 4, 2).reduce(look)
     assert set(seen) == {before} and torch.get_num_threads() == before
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_threads_that_begin_while_the_workers_do(three_threads, monkeypatch):
+    """They have all cores, and each worker one."""
+    seen, inside, alone = [], [], engines._alone
+
+    def look(barrier):
+        changed = alone(barrier)
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return changed
+
+    monkeypatch.setattr(engines, "_alone", look)
+    with engines._Workers(torch.device("cpu"), 2) as workers:
+        for _ in range(4):
+            workers.submit(lambda: inside.append(torch.get_num_threads()))
+        list(workers.done(wait_for_all=True))
+    assert seen == [3, 3] and inside == [1] * 4 and torch.get_num_threads() == 3
+
+
+def test_workers_without_openmp_put_the_number_of_threads_back(three_threads, monkeypatch):
+    monkeypatch.setattr(engines, "_thread_settings", lambda: [])
+    inside, after = [], []
+    with engines._Workers(torch.device("cpu"), 2) as workers:
+        for _ in range(4):
+            workers.submit(lambda: inside.append(torch.get_num_threads()))
+        list(workers.done(wait_for_all=True))
+    thread = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert inside == [1] * 4 and after == [3] and torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+@pytest.mark.parametrize("when", ["in the model", "in a reduction"])
+def test_an_interruption_leaves_no_threads_hooks_or_settings(three_threads, monkeypatch, incremental, when):
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, 6, 2, incremental=incremental)
+    before = set(threading.enumerate())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if when == "in the model":
+            patch.setattr(ops, "occlude", stop)
+        sweep.maps(0, "2") if when == "in the model" else sweep.reduce(stop)
+    assert set(threading.enumerate()) == before
+    assert torch.get_num_threads() == 3 and torch.is_grad_enabled()
+    assert not any(m._forward_hooks or m.training for m in model.modules())
+    close(sweep.scores(), brute_force(model, x, 6, 2))
+    close(sweep.activation_map("2", 1), brute_force(lambda y: model[:3](y).sum((2, 3)), x, 6, 2)[..., 1])
 
 
 def test_a_module_that_returns_something_else():
