@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
+import ctypes
+import functools
 import itertools
 import math
 import threading
@@ -296,9 +299,29 @@ def _run_stage(network: Network, stage: _Stage, batch: _Batch) -> _Batch:
     return batch._replace(value=value, stage=batch.stage + 1)
 
 
-def _alone(barrier: threading.Barrier) -> None:
+@functools.cache
+def _thread_settings() -> list[Callable[[int], Any]]:
+    """What sets the number of threads for the calling thread alone, in the libraries that PyTorch runs on.
+
+    torch.set_num_threads does it too, but what it sets last is also what threads begin with.
+    """
+    with contextlib.suppress(OSError):
+        library = ctypes.CDLL(torch._C.__file__)
+        names = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+        return [setting for name in names if (setting := getattr(library, name, None)) is not None]
+    return []
+
+
+def _alone(barrier: threading.Barrier) -> bool:
+    """Have the calling thread run its operations alone; whether PyTorch's own setting had to be changed for it."""
     barrier.wait()  # so that each worker takes one of these calls
+    torch.get_num_threads()  # a thread's first look makes its settings
+    for setting in _thread_settings():
+        setting(1)
+    if torch.get_num_threads() == 1:
+        return False
     torch.set_num_threads(1)
+    return True
     # A thread's first look at the setting takes over the process's last one; later ones leave its own.
     torch.get_num_threads()
 
@@ -318,14 +341,13 @@ class _Workers:
 
     def __enter__(self) -> _Workers:
         if self.count > 1:
-            self._threads = torch.get_num_threads()
+            threads = torch.get_num_threads()
             self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "convviz-sweep")
-            # The setting is a thread's own, except that threads which begin later take over the last one
-            # made: so all workers make theirs now, and it is put back before anything runs.
             barrier = threading.Barrier(self.count)
-            for ready in [self._pool.submit(_alone, barrier) for _ in range(self.count)]:
-                ready.result()
-            torch.set_num_threads(self._threads)
+            ready = [self._pool.submit(_alone, barrier) for _ in range(self.count)]
+            changed = [each.result() for each in ready]
+            if any(changed):  # put back before anything runs
+                torch.set_num_threads(threads)
         return self
 
     def submit(self, function: Callable[..., _Batch], *args: Any) -> None:

@@ -16,7 +16,7 @@ import copy
 import math
 import numbers
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from . import window_ops as ops
 from ._evaluated import evaluated, modules_behind, warn_of_training
 from ._sweep_engines import BruteForce, Incremental, Part
 from ._sweep_plan import window_spans
-from .checks import check_images
+from .checks import check_images, check_int, check_real
 from .fills import Fill, fill_values
 from .network import CannotCapture, Network, capture, is_current, rows_agree
 from .progress import Progress
@@ -63,9 +63,9 @@ def occlusion_sweep(
 ) -> OcclusionSweep | list[OcclusionSweep]:
     """Slide an occluder over images: the model's scores for every image and every position of the window.
 
-    Only the clean images run now. The windows run when the result's first map or score is asked for, in
-    chunks; what the result was asked for before is remembered, and an interrupted pass goes on where it
-    stopped.
+    Only the clean images run now, with ``refine`` the coarse grid's windows too, and with ``dtype`` a sample of 16.
+    The windows run when the result's first map or score is asked for, in chunks; what the result was asked for
+    before is remembered, and an interrupted pass goes on where it stopped.
 
     Args:
         model: images (N, C, H, W) -> scores (N, K) or (N,), each image's scores independent of the others'.
@@ -82,7 +82,7 @@ def occlusion_sweep(
             keep.
         border: "clip": the last window of a row or column is cut off at the image's border, as Captum does
             it; "inside": whole windows only.
-        seed: of the "noise" fill.
+        seed: of the "noise" fill, from 0 to ``2**31 - 1``.
         memory_limit: bytes that the sweep may hold besides the images, the network's weights and the
             results; 1 GiB on the CPU and 4 GiB on a GPU unless given.
         dtype: torch.bfloat16 or torch.float16: compute in that dtype; ``.error`` then says what it cost.
@@ -131,6 +131,7 @@ class OcclusionSweep:
         refine_tolerance, incremental, progress,
     ) -> None:  # fmt: skip
         _check_arguments(model, images, border, memory_limit, dtype, refine, refine_tolerance)
+        check_int("seed", seed, 0, 2**31 - 1)
         height, width = _two_ints("window", window)
         self.window, self.stride, self.border = (height, width), tuple(_two_ints("stride", stride)), border
         for name, side, most in (("high", height, images.shape[2]), ("wide", width, images.shape[3])):
@@ -153,6 +154,7 @@ class OcclusionSweep:
         self.memory_limit = int(limit)
         self._results: dict[Any, Tensor] = {}
         self._passes: dict[Any, _Pass] = {}
+        self._known: list[Part] = []  # the scores of the coarse grid, with ``refine``
         self._lock = threading.RLock()
         self._captured: Network | None = None
         device = images.device.type
@@ -187,11 +189,12 @@ class OcclusionSweep:
                 why = str(error)
         if engine is None:
             self._captured = None
-            if dtype is not None:
+            if dtype is not None and len(images):
                 raise ValueError(
                     f"dtype={dtype} needs a model that can be captured, but here it cannot: {why}"
                 )
-            engine = self._brute_force(reference, why)
+            reference = reference if dtype is None else reference.to(dtype)
+            engine = self._brute_force(reference, why or "there are no images")
         self.clean = engine.clean if isinstance(engine, Incremental) else self._select(reference)
         return engine
 
@@ -281,8 +284,8 @@ class OcclusionSweep:
 
     def reduce(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, R, Q, ...): ``function`` of each chunk's scores, (n, K) -> (n, ...), without ever holding all
-        scores."""
-        return self._gather({function: _Reduction(lambda part: function(part.scores.clone()))})[0]
+        scores. ValueError where its result is not one of n windows."""
+        return self._gather({function: _Reduction(lambda part: _each_window(function, part.scores))})[0]
 
     def score_map(self, target: int | Sequence[int] | Tensor) -> Tensor:
         """(B, R, Q): the score of the target class (one for all images, or one an image)."""
@@ -323,7 +326,8 @@ class OcclusionSweep:
         """(B, H, W): for each pixel the mean, over the windows that cover it, of f(x) - f(x occluded):
         Captum's ``Occlusion``.
 
-        float64 for float64 images, else float32. Pixels that no window covers (border="inside") are 0.
+        float64 for float64 scores, else float32. Pixels that no window covers are 0: beyond the last window with
+        border="inside", between windows with a stride larger than they are.
         """
         column = self._target_columns(target)
         scores = self.score_map(target)
@@ -428,24 +432,30 @@ class OcclusionSweep:
         state = self._passes.setdefault(key, _Pass({}, self.evaluated.clone()))
         mask = None if bool(self.evaluated.all()) else self.evaluated
         total = int(self.evaluated.sum())
+
+        def take(part: Part) -> None:
+            place = (part.image, part.row, part.col)
+            for name, each in wanted.items():
+                value = each.function(part)
+                if name not in state.results:
+                    state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
+                state.results[name][place] = value
+            state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
+
         with (
             torch.no_grad(),
             _precision(self._tf32),
             # As it was when the sweep was made; the captured layers ran without it.
             torch.autocast(self._images.device.type, dtype=self._autocast[1], enabled=self._autocast[0]),
-            Progress(total, "windows", self._progress, "occlusion") as bar,
         ):
-            bar.advance(total - int(state.left.sum()))
-            for part in self._engine.parts(
-                layers, None if bool(state.left.all()) else state.left.clone(), bar
-            ):
-                place = (part.image, part.row, part.col)
-                for name, each in wanted.items():
-                    value = each.function(part)
-                    if name not in state.results:
-                        state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
-                    state.results[name][place] = value
-                state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
+            if not layers and not state.results:
+                for part in self._known:
+                    take(part)
+            skipped = total - int(state.left.sum())
+            left = None if bool(state.left.all()) else state.left.clone()
+            with Progress(total, "windows", self._progress, "occlusion", skipped=skipped) as bar:
+                for part in self._engine.parts(layers, left, bar):
+                    take(part)
         if not state.results:  # not a single window
             none = torch.zeros(0, dtype=torch.long, device=self.clean.device)
             sums = {layer: self._engine.channel_sums(layer)[:0] for layer in layers}
@@ -474,13 +484,17 @@ class OcclusionSweep:
         mask[:, self._coarse[0][:, None], self._coarse[1][None, :]] = True
         self.evaluated = mask
         best = self.clean.argmax(1)
-        # The classes that were asked for, or the one that the clean image is taken for.
-        watch = _Reduction(
-            (lambda part: part.scores)
-            if self.classes is not None
-            else (lambda part: _pick(part.scores, best, part.image)[:, None])
-        )
-        seen = self._run({"watched": watch})["watched"]
+        kept: list[Part] = []
+        few = int(mask.sum()) * self.clean.shape[1] * self.clean.element_size() <= self.memory_limit // 64
+
+        def watched(part: Part) -> Tensor:
+            """The scores of the classes that were asked for, or of the one that the clean image is taken for."""
+            if few:  # no later pass needs to evaluate them again
+                kept.append(part._replace(scores=part.scores.clone()))
+            return part.scores if self.classes is not None else _pick(part.scores, best, part.image)[:, None]
+
+        seen = self._run({"watched": _Reduction(watched)})["watched"]
+        self._known = kept
         seen = seen.float().cpu()[:, self._coarse[0]][:, :, self._coarse[1]]
         low, high = seen.amin((1, 2), keepdim=True), seen.amax((1, 2), keepdim=True)
         spread = (high - low).clamp_min(1e-30)
@@ -504,6 +518,9 @@ class OcclusionSweep:
         places = places[torch.randperm(len(places), generator=generator)[:16]]
         mask = torch.zeros_like(self.evaluated)
         mask[tuple(places.T)] = True
+        if not len(places):
+            self.error = 0.0
+            return
         found: list[Tensor] = []
         full = BruteForce(self, self._model, True, "", self._original)
         with torch.no_grad(), _precision(False):
@@ -533,6 +550,18 @@ class _Pass(NamedTuple):
 
 
 _SCORES = {"scores": _Reduction(lambda part: part.scores)}
+
+
+def _each_window(function: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
+    """What a caller's function makes of scores (n, K): (n, ...), or else it would depend on the chunks."""
+    value = function(scores.clone())
+    if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(scores):
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise ValueError(
+            f"function must make (n, ...) of scores (n, K), but for n = {len(scores)} windows it gave a result "
+            f"of {found}."
+        )
+    return value
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -616,6 +645,7 @@ def _check_arguments(model, images, border, memory_limit, dtype, refine, toleran
         raise TypeError(f"refine must be an int (every n-th window), but it is {refine!r}.")
     if refine is not None and refine < 2:
         raise ValueError(f"refine must be at least 2, but it is {refine}.")
+    check_real("refine_tolerance", tolerance)
     if not 0 <= tolerance <= 1:
         raise ValueError(f"refine_tolerance must lie between 0 and 1, but it is {tolerance}.")
 
@@ -624,7 +654,10 @@ def _class_list(targets: Sequence[int] | None, classes: int) -> list[int] | None
     if targets is None:
         return None
     values = targets.tolist() if isinstance(targets, Tensor) else targets
-    values = [values] if isinstance(values, numbers.Integral) else list(values)
+    values = [values] if isinstance(values, numbers.Integral) else values
+    if not isinstance(values, Iterable):
+        raise TypeError(f"targets must be a list of classes, but it is {targets!r}.")
+    values = list(values)
     if not values:
         raise ValueError("targets must name at least one class, but it is empty.")
     return list(dict.fromkeys(_index("targets", value, classes) for value in values))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convviz_cuda
 from convviz_cuda import _sweep_engines as engines
+from convviz_cuda import window_ops as ops
 from convviz_cuda._draws import drawn_from
 from convviz_cuda._layers import Layer
 from convviz_cuda._sweep_plan import Geometry, costs, window_spans
@@ -583,10 +584,11 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
     expected = brute_force(model, x, 6, 2)
     sweep = occlusion_sweep(model, x, 6, 2, incremental=incremental, memory_limit=1 << 20)
     monkeypatch.setattr(engines, "PATIENCE", 0.0)
-    advanced = []
+    advanced, before = [], []
 
     def interrupt(self, count=1):
         advanced.append(count)
+        before.append(self.skipped)
         if sum(advanced) > 300 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
@@ -599,8 +601,8 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
     advanced.clear()
     close(sweep.scores(), expected)
     total = sweep.shape[0] * sweep.shape[1] * sweep.shape[2]
-    assert sum(advanced) == total  # what was done is counted at once, the rest is run
-    assert 0 < advanced[0] < done
+    assert total - done <= sum(advanced) < total  # what was done is not run again
+    assert before[0] == 0 and before[-1] + sum(advanced) == total
 
 
 def test_progress_counts_windows(capsys):
@@ -672,6 +674,37 @@ def test_refine_without_tolerance_is_the_whole_sweep():
     close(sweep.scores(), brute_force(model, x, 5, 2))
 
 
+@pytest.mark.parametrize("incremental", [True, False])
+def test_refine_evaluates_each_window_once(incremental):
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, 4, 1, refine=4, refine_tolerance=0.5, incremental=incremental)
+    evaluated = sweep.evaluated
+    coarse = torch.zeros_like(evaluated)
+    coarse[:, ::4, ::4] = True
+    assert coarse[:, -1, -1].all() and 0 < (evaluated & ~coarse).sum() < (~coarse).sum()
+    masks, parts = [], sweep._engine.parts
+    sweep._engine.parts = lambda layers, mask, bar: masks.append(mask) or parts(layers, mask, bar)
+    found, truth = sweep.scores(), brute_force(model, x, 4, 1)
+    assert len(masks) == 1 and torch.equal(masks[0], evaluated & ~coarse)
+    close(found[evaluated], truth[evaluated])
+    sums = brute_force(lambda y: model[:3](y).sum((2, 3)), x, 4, 1)[..., 1]
+    close(sweep.activation_map("2", 1)[evaluated], sums[evaluated])  # of the coarse grid too
+
+
+def test_refine_counts_the_images_of_a_function():
+    seen = []
+
+    def function(y):
+        seen.append(len(y))
+        return y.mean((2, 3))
+
+    sweep = occlusion_sweep(function, images(1, 3, 40, 40), 4, 1, refine=4, refine_tolerance=1.0)
+    assert sum(seen) < sweep.evaluated.sum() + 8  # the clean image, and a look at whether others disturb it
+    before = sum(seen)
+    sweep.scores()
+    assert sum(seen) == before
+
+
 # -- bad input
 
 
@@ -697,6 +730,15 @@ def test_refine_without_tolerance_is_the_whole_sweep():
         ({"dtype": torch.int8}, ValueError, "dtype"),
         ({"refine": 1}, ValueError, "refine must be at least 2"),
         ({"refine": 2, "refine_tolerance": 2.0}, ValueError, "refine_tolerance"),
+        (
+            {"refine": 2, "refine_tolerance": "a"},
+            TypeError,
+            "refine_tolerance must be a number, but it is 'a'",
+        ),
+        ({"seed": "a"}, ValueError, "seed must be an int .* but it is 'a'"),
+        ({"seed": 1.5, "fill": "noise"}, ValueError, "seed must be an int .* but it is 1.5"),
+        ({"seed": 2**60, "fill": "noise"}, ValueError, "seed must be an int"),
+        ({"targets": 1.0}, TypeError, "targets must be a list of classes, but it is 1.0"),
     ],
 )
 def test_bad_arguments(change, error, words):
@@ -733,6 +775,26 @@ def test_bad_models_images_and_targets():
 def test_no_images():
     sweep = occlusion_sweep(small_net(), images(0), 8, 8)
     assert sweep.scores().shape == (0, 3, 3, 5) and sweep.label_map().shape == (0, 3, 3)
+    assert "there are no images" in sweep.explain()
+    narrow = occlusion_sweep(small_net(), images(0), 8, 8, dtype=torch.bfloat16)
+    assert narrow.scores().dtype == torch.bfloat16 and narrow.scores().shape == (0, 3, 3, 5)
+    assert narrow.error == 0
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sum, lambda scores: scores[:1], lambda scores: float(scores[0, 0])]
+)
+def test_reductions_of_a_chunk_are_refused(function):
+    sweep = occlusion_sweep(small_net(), images(2), 8, 8)
+    with pytest.raises(ValueError, match=r"function must make \(n, ...\) of scores \(n, K\)"):
+        sweep.reduce(function)
+
+
+def test_the_dtype_of_an_attribution_and_pixels_between_windows():
+    x = images(1, dtype=torch.float32)
+    found = occlusion_sweep(lambda y: y.double().mean((2, 3)), x, 2, 8).attribution(0)
+    assert found.dtype == torch.float64
+    assert found[0, :2, :2].ne(0).all() and found[0, 2:8].eq(0).all()
 
 
 def test_rows_agree_scales_with_the_values():
@@ -1067,6 +1129,67 @@ def test_threads_of_later_threads():
 
     occlusion_sweep(small_net(), images(2), 4, 2).reduce(look)
     assert set(seen) == {before} and torch.get_num_threads() == before
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_threads_that_begin_while_the_workers_do(three_threads, monkeypatch):
+    """They have all cores, and each worker one."""
+    seen, inside, alone = [], [], engines._alone
+
+    def look(barrier):
+        changed = alone(barrier)
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return changed
+
+    monkeypatch.setattr(engines, "_alone", look)
+    with engines._Workers(torch.device("cpu"), 2) as workers:
+        for _ in range(4):
+            workers.submit(lambda: inside.append(torch.get_num_threads()))
+        list(workers.done(wait_for_all=True))
+    assert seen == [3, 3] and inside == [1] * 4 and torch.get_num_threads() == 3
+
+
+def test_workers_without_openmp_put_the_number_of_threads_back(three_threads, monkeypatch):
+    monkeypatch.setattr(engines, "_thread_settings", lambda: [])
+    inside, after = [], []
+    with engines._Workers(torch.device("cpu"), 2) as workers:
+        for _ in range(4):
+            workers.submit(lambda: inside.append(torch.get_num_threads()))
+        list(workers.done(wait_for_all=True))
+    thread = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert inside == [1] * 4 and after == [3] and torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+@pytest.mark.parametrize("when", ["in the model", "in a reduction"])
+def test_an_interruption_leaves_no_threads_hooks_or_settings(three_threads, monkeypatch, incremental, when):
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, 6, 2, incremental=incremental)
+    before = set(threading.enumerate())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if when == "in the model":
+            patch.setattr(ops, "occlude", stop)
+        sweep.maps(0, "2") if when == "in the model" else sweep.reduce(stop)
+    assert set(threading.enumerate()) == before
+    assert torch.get_num_threads() == 3 and torch.is_grad_enabled()
+    assert not any(m._forward_hooks or m.training for m in model.modules())
+    close(sweep.scores(), brute_force(model, x, 6, 2))
+    close(sweep.activation_map("2", 1), brute_force(lambda y: model[:3](y).sum((2, 3)), x, 6, 2)[..., 1])
 
 
 def test_a_module_that_returns_something_else():
