@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import logging
 import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -349,8 +351,10 @@ def _fold(convolution: Layer, scale: Tensor, shift: Tensor) -> None:
 
 # -- capture
 
-_captured: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Network]] = weakref.WeakKeyDictionary()
+# Each model's last capture: its key, and the network or why there is none.
+_captured: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Network | str]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+_EXPORT_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils", "torch.export")
 _PLAIN = (int, float, bool, str, type(None))
 
 
@@ -359,8 +363,8 @@ def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
     batch size.
 
     The last capture of each model is remembered and used again while its parameters, buffers, modes and the
-    images' size, dtype and device stay what they were; ``again=True`` captures anew. The model and its
-    parameters are only read.
+    images' size, dtype and device stay what they were, also that it failed; ``again=True`` captures anew. The
+    model and its parameters are only read.
 
     Raises:
         CannotCapture: with the reason, if the model is not a module in evaluation mode, has hooks, cannot be
@@ -377,19 +381,30 @@ def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
         except TypeError:
             known = None
         if known is not None and known[0] == key and not again:
+            if isinstance(known[1], str):
+                raise CannotCapture(known[1])
             return known[1]
-        network = _capture(model, images)
-        network.key = key
+        try:
+            found: Network | str = _capture(model, images)
+        except CannotCapture as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # there may be enough another time
+                raise
+            found = str(error)
         with contextlib.suppress(TypeError):  # a module without a weak reference is captured at every call
-            _captured[model] = (key, network)
-        return network
+            _captured[model] = (key, found)
+        if isinstance(found, str):
+            raise CannotCapture(found)
+        found.key = key
+        return found
 
 
 def captured(model: nn.Module, images: Tensor) -> Network | None:
     """What :func:`capture` would give without capturing, or None."""
     try:
         known = _captured.get(model)
-        return known[1] if known is not None and known[0] == _key(model, images) else None
+        if known is None or isinstance(known[1], str) or known[0] != _key(model, images):
+            return None
+        return known[1]
     except (TypeError, CannotCapture):
         return None
 
@@ -438,10 +453,11 @@ def _is_plain(value: Any) -> bool:
 def _capture(model: nn.Module, images: Tensor) -> Network:
     example = torch.zeros(2, *images.shape[1:], dtype=images.dtype, device=images.device)
     twin = twin_of(model)
+    stopped = _say_less(twin) if twin is not model else []
     drawn = drawn_from()  # what a model draws leaves PyTorch's random state alone
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     try:
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(), _no_log():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 twin, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
@@ -453,6 +469,7 @@ def _capture(model: nn.Module, images: Tensor) -> Network:
     except Unsupported as error:
         raise CannotCapture(str(error)) from None
     except Exception as error:  # torch.export raises whatever the traced code and the tracer raise
+        error = stopped[-1] if stopped else error
         reason = str(error).strip().splitlines()
         raise CannotCapture(
             f"torch.export cannot capture the model: {type(error).__name__}: {reason[0] if reason else ''}"
@@ -462,6 +479,44 @@ def _capture(model: nn.Module, images: Tensor) -> Network:
     with drawn:
         _check(network, model, example)
     return network
+
+
+def _say_less(twin: nn.Module) -> list[Exception]:
+    """Where the export prints the whole graph because of an exception of the twin's forward, it meets another one; the
+    list gets the true one."""
+    stopped: list[Exception] = []
+    forward = twin.forward
+
+    @functools.wraps(forward)
+    def without_details(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "data-dependent" not in str(error).lower():
+                raise
+            stopped.append(error)
+        raise ValueError("The model's control flow depends on data.")
+
+    twin.forward = without_details  # type: ignore[method-assign]
+    return stopped
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    """The export's warnings of what it cannot follow, in this thread, are not logged: the caller gets the reason."""
+    thread = threading.get_ident()
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = [logging.getLogger(name) for name in _EXPORT_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(elsewhere)
 
 
 def twin_of(model: nn.Module) -> nn.Module:
