@@ -168,6 +168,13 @@ class Incremental:
                 self._collect(workers, waiting, bar, wait_for_all=True)
                 yield from self._advance(network, plan, waiting, workers, bar, flush=True)
 
+    def scores_of(self, mask: Tensor) -> Tensor:
+        """(n, K): the scores of a few windows; what is kept for the first pass stays."""
+        bases = self._bases
+        scores = [part.scores for part in self.parts((), mask, Progress(0, show=False))]
+        self._bases = bases
+        return torch.cat(scores)
+
     @staticmethod
     def _collect(workers: _Workers, waiting: list[list[_Batch]], bar: Progress, wait_for_all: bool) -> None:
         for batch in workers.done(wait_for_all):

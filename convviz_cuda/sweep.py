@@ -29,7 +29,7 @@ from ._sweep_engines import BruteForce, Incremental, Part
 from ._sweep_plan import window_spans
 from .checks import check_images, check_int, check_real
 from .fills import Fill, fill_values
-from .network import CannotCapture, Network, capture, is_current, rows_agree
+from .network import CannotCapture, Network, capture, is_current, rows_agree, sampled
 from .progress import Progress
 
 MEMORY = {"cpu": 1 << 30, "cuda": 4 << 30}
@@ -66,6 +66,10 @@ def occlusion_sweep(
     Only the clean images run now, with ``refine`` the coarse grid's windows too, and with ``dtype`` a sample of 16.
     The windows run when the result's first map or score is asked for, in chunks; what the result was asked for
     before is remembered, and an interrupted pass goes on where it stopped.
+
+    A model that is changed in between is refused with a RuntimeError, as far as that shows: by its parameters'
+    versions, by some of their values (writes through ``.data`` have no version; of a parameter of more than 1024
+    values only so many are looked at), and by the clean scores of what runs on masked images.
 
     Args:
         model: images (N, C, H, W) -> scores (N, K) or (N,), each image's scores independent of the others'.
@@ -196,6 +200,7 @@ class OcclusionSweep:
             reference = reference if dtype is None else reference.to(dtype)
             engine = self._brute_force(reference, why or "there are no images")
         self.clean = engine.clean if isinstance(engine, Incremental) else self._select(reference)
+        self._weights = self._weights_now()
         return engine
 
     def _own_scores(self) -> Tensor:
@@ -216,7 +221,8 @@ class OcclusionSweep:
             # anyway.
             engine = None if dtype is not None else Incremental(self, network)
             clean = self._as_scores(network.run(self._original)[0]) if engine is None else engine.clean
-            if rows_agree(clean, reference if engine is None else self._select(reference)):
+            same = rows_agree(clean, reference if engine is None else self._select(reference))
+            if same and self._agrees_on_a_window(network, engine):
                 break
         else:
             raise CannotCapture(
@@ -228,6 +234,21 @@ class OcclusionSweep:
             )
             engine = Incremental(self, narrow)
         return engine
+
+    def _agrees_on_a_window(self, network: Network, engine: Incremental | None) -> bool:
+        """Whether the model gives the same for the first image's middle window: clean images do not show everything."""
+        row, col = (len(spans) // 2 for spans in self.spans)
+        area = (..., *(slice(*spans[i].tolist()) for spans, i in zip(self.spans, (row, col), strict=True)))
+        masked = self._original[:1].clone(memory_format=torch.channels_last)
+        masked[area] = self._fill[:1].expand_as(masked)[area]
+        if engine is None:
+            found = self._as_scores(network.run(masked)[0], 1)
+        else:
+            mask = torch.zeros(self.shape, dtype=torch.bool)
+            mask[0, row, col] = True
+            found = engine.scores_of(mask)
+        expected = self._forward(self._model, masked)
+        return rows_agree(found, expected if engine is None else self._select(expected))
 
     def _crowd_agrees(self, reference: Tensor, layout: torch.memory_format) -> bool:
         """Whether images in this layout may be evaluated together with others: quite different neighbours
@@ -415,8 +436,37 @@ class OcclusionSweep:
 
     def _check_unchanged(self) -> None:
         """A model that changed since the sweep was made would give numbers of two models."""
-        if self._captured is not None and not is_current(self._captured, self._model, self._original):
+        if self._captured is not None:
+            same = is_current(self._captured, self._model, self._original)
+        else:
+            same = self._weights == self._weights_now() and self._still_gives_clean()
+        if not same:
             raise RuntimeError("The model was changed after the sweep was made: make a new sweep.")
+
+    def _weights_now(self) -> list[Any]:
+        """The state of the parameters. Buffers may change with each forward, and show in the scores."""
+        parameters = [p for module in modules_behind((self._model,)) for p in module.parameters()]
+        versions = [None if p.is_inference() else (id(p), p._version) for p in parameters]
+        return [versions, sampled(parameters)]
+
+    def _still_gives_clean(self) -> bool:
+        if not self._original.numel():
+            return True
+        with self._conditions():
+            now = self._select(self._own_scores())
+            # A function that is random in its own way gives something else each time: it was not changed.
+            return rows_agree(now, self.clean) or not rows_agree(self._select(self._own_scores()), now)
+
+    @contextlib.contextmanager
+    def _conditions(self) -> Iterator[None]:
+        """As it was when the sweep was made; the captured layers ran without autocast."""
+        device = self._images.device.type
+        with (
+            torch.no_grad(),
+            _precision(self._tf32),
+            torch.autocast(device, dtype=self._autocast[1], enabled=self._autocast[0]),
+        ):
+            yield
 
     def _from_stored(self, wanted: _Reduction, stored: Tensor) -> Tensor:
         flat = stored.flatten(0, 2)
@@ -442,12 +492,7 @@ class OcclusionSweep:
                 state.results[name][place] = value
             state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
 
-        with (
-            torch.no_grad(),
-            _precision(self._tf32),
-            # As it was when the sweep was made; the captured layers ran without it.
-            torch.autocast(self._images.device.type, dtype=self._autocast[1], enabled=self._autocast[0]),
-        ):
+        with self._conditions():
             if not layers and not state.results:
                 for part in self._known:
                     take(part)
