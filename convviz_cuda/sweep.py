@@ -93,7 +93,9 @@ def occlusion_sweep(
         tf32: allow TF32 on the GPU (the error of single precision is 1e3 times smaller).
         refine: opt in to sampling: evaluate every ``refine``-th window first, all windows only where the
             coarse map varies by more than ``refine_tolerance`` of its range, and interpolate the rest;
-            ``.evaluated`` says which were evaluated.
+            ``.evaluated`` says which were evaluated. The map that decides is that of the class which the clean
+            image is taken for, or with ``targets`` those of all of them: the maps of other classes, labels and
+            activations may vary where it does not, and are interpolated there all the same.
         incremental: False forces whole masked images.
         progress: show windows done and the time left on stderr.
 
@@ -166,6 +168,7 @@ class OcclusionSweep:
         self.error: float | None = None
         with torch.no_grad(), _precision(tf32):
             self._engine: Incremental | BruteForce = self._choose(incremental, targets, dtype)
+        self._refined = refine
         if refine is not None:
             self._refine(int(refine), refine_tolerance)
         else:
@@ -305,7 +308,10 @@ class OcclusionSweep:
 
     def reduce(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, R, Q, ...): ``function`` of each chunk's scores, (n, K) -> (n, ...), without ever holding all
-        scores. ValueError where its result is not one of n windows."""
+        scores. ValueError where its result is not one of n windows.
+
+        The result is not remembered. An interrupted pass goes on where the next call has the same function object.
+        """
         return self._gather({function: _Reduction(lambda part: _each_window(function, part.scores))})[0]
 
     def score_map(self, target: int | Sequence[int] | Tensor) -> Tensor:
@@ -361,7 +367,13 @@ class OcclusionSweep:
 
     def explain(self) -> str:
         """How the sweep is computed: what was chosen for each layer and why, in lines of text."""
-        return self._engine.explain()
+        if not self._refined:
+            return self._engine.explain()
+        watched = "the class of the clean image" if self.classes is None else f"the classes {self.classes}"
+        return (
+            f"{self._engine.explain()}\nSampled: every {self._refined}th window, and all where the map of {watched} "
+            f"varies: {int(self.evaluated.sum())} of {self.evaluated.numel()} windows; the rest is interpolated."
+        )
 
     # -- one pass, many results
 
@@ -425,14 +437,26 @@ class OcclusionSweep:
                 if size <= small and "scores" not in self._results:
                     missing = {**_SCORES, **missing}
                 found = self._run(missing)
+            known = {**self._results, **found}
             for name, result in found.items():
                 # What follows from remembered scores is not held again.
-                own = name == "scores" or missing[name].layer or "scores" not in missing
-                if own and result.numel() * result.element_size() <= small:
-                    self._results[name] = result
-            found = {**self._results, **found}
+                if name == "scores" or missing[name].layer or "scores" not in missing:
+                    self._remember(name, result, small)
+            results = [(known[name], self._completed(known[name])) for name in wanted]
             # What is remembered is not the caller's to change.
-            return [found[name].clone() if name in self._results else found[name] for name in wanted]
+            return [whole.clone() if whole is known else whole for known, whole in results]
+
+    def _remember(self, name: Any, result: Tensor, most: int) -> None:
+        """Keep a result of a pass for the next call: the scores, and of the others the last ones, in ``most`` bytes.
+
+        What a caller's own function gave is not kept: the next call has another one, or wants it called.
+        """
+        if callable(name) or result.nbytes > most:
+            return
+        self._results[name] = result
+        others = [each for each in self._results if each != "scores"]
+        while sum(self._results[each].nbytes for each in others) > most:
+            del self._results[others.pop(0)]
 
     def _check_unchanged(self) -> None:
         """A model that changed since the sweep was made would give numbers of two models."""
@@ -469,18 +493,18 @@ class OcclusionSweep:
             yield
 
     def _from_stored(self, wanted: _Reduction, stored: Tensor) -> Tensor:
-        flat = stored.flatten(0, 2)
-        count = self.shape[1] * self.shape[2]
-        image = torch.arange(self.shape[0], device=flat.device).repeat_interleave(count)
+        evaluated = self.evaluated.to(stored.device)
+        flat, image = stored[evaluated], evaluated.nonzero()[:, 0]
         pieces = [slice(begin, begin + 8192) for begin in range(0, max(len(flat), 1), 8192)]
-        parts = [wanted.function(Part(image[p], image[p], image[p], flat[p], {})) for p in pieces]
-        return torch.cat(parts).view(*self.shape, *parts[0].shape[1:])
+        values = torch.cat([wanted.function(Part(image[p], image[p], image[p], flat[p], {})) for p in pieces])
+        result = values.new_zeros((*self.shape, *values.shape[1:]))
+        result[evaluated] = values
+        return self._completed(result)
 
     def _run(self, wanted: dict[Any, _Reduction]) -> dict[Any, Tensor]:
         layers = tuple(dict.fromkeys(each.layer for each in wanted.values() if each.layer is not None))
         key = tuple(wanted)
-        state = self._passes.setdefault(key, _Pass({}, self.evaluated.clone()))
-        mask = None if bool(self.evaluated.all()) else self.evaluated
+        state = self._passes.pop(key, None) or _Pass({}, self.evaluated.clone())
         total = int(self.evaluated.sum())
 
         def take(part: Part) -> None:
@@ -492,29 +516,33 @@ class OcclusionSweep:
                 state.results[name][place] = value
             state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
 
-        with self._conditions():
-            if not layers and not state.results:
-                for part in self._known:
-                    take(part)
-            skipped = total - int(state.left.sum())
-            left = None if bool(state.left.all()) else state.left.clone()
-            with Progress(total, "windows", self._progress, "occlusion", skipped=skipped) as bar:
-                for part in self._engine.parts(layers, left, bar):
-                    take(part)
+        try:
+            with self._conditions():
+                if not layers and not state.results:
+                    for part in self._known:
+                        take(part)
+                skipped = total - int(state.left.sum())
+                left = None if bool(state.left.all()) else state.left.clone()
+                with Progress(total, "windows", self._progress, "occlusion", skipped=skipped) as bar:
+                    for part in self._engine.parts(layers, left, bar):
+                        take(part)
+        except BaseException:
+            self._passes = {key: state}  # only the last one
+            raise
         if not state.results:  # not a single window
             none = torch.zeros(0, dtype=torch.long, device=self.clean.device)
             sums = {layer: self._engine.channel_sums(layer)[:0] for layer in layers}
             for name, each in wanted.items():
                 value = each.function(Part(none, none, none, self.clean[:0], sums))
                 state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
-        del self._passes[key]
-        return {name: self._completed(result, mask) for name, result in state.results.items()}
+        return state.results
 
-    def _completed(self, result: Tensor, mask: Tensor | None) -> Tensor:
-        """What was evaluated, and between it what is interpolated from the coarse grid."""
-        if mask is None:
+    def _completed(self, result: Tensor) -> Tensor:
+        """What was evaluated, and between it what is interpolated from the coarse grid: of the result itself, whichever
+        way it was found, and not of what it is made of."""
+        if bool(self.evaluated.all()):
             return result
-        mask = mask.to(result.device)
+        mask = self.evaluated.to(result.device)
         whole = _interpolated(result, self._coarse)
         whole[mask] = result[mask]
         return whole

@@ -605,6 +605,44 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
     assert before[0] == 0 and before[-1] + sum(advanced) == total
 
 
+def test_reductions_are_neither_kept_nor_piled_up():
+    sweep = occlusion_sweep(small_net(), images(1, 3, 40, 40), 8, 1, memory_limit=1 << 20)
+
+    def stopping(part):
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            sweep.reduce(lambda part: stopping(part))
+    assert len(sweep._passes) == 1
+    calls = []
+    for number in range(12):
+        column = sweep.reduce(lambda part, k=number: calls.append(k) or part[:, k % 5])
+        assert torch.equal(column, sweep.score_map(number % 5))
+    assert set(calls) == set(range(12))
+    for number in range(5):  # each of the size that is remembered
+        sweep.probability_map(number)
+    assert sum(each.nbytes for each in sweep._results.values()) <= 2 * sweep.memory_limit // 64
+    assert sweep._results and not any(callable(name) for name in sweep._results)
+
+
+def test_an_interrupted_pass_outlives_others():
+    sweep, x = occlusion_sweep(small_net(), images(1, 3, 40, 40), 8, 2, incremental=False), []
+
+    def first_part_only(part):
+        if x:
+            raise KeyboardInterrupt
+        x.append(len(part))
+        return part[:, :2]
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.reduce(first_part_only)
+    sweep.label_map()
+    done, x[:] = x[0], []
+    (state,) = sweep._passes.values()
+    assert int(state.left.sum()) == sweep.evaluated.numel() - done
+
+
 def test_progress_counts_windows(capsys):
     sweep = occlusion_sweep(small_net(), images(2), 8, 8, progress=True)
     sweep.scores()
@@ -667,6 +705,47 @@ def test_refine_evaluates_where_the_map_varies():
     assert sweep.label_map().shape == where.shape
 
 
+@pytest.mark.parametrize("limit", [None, 1 << 20])
+def test_refine_answers_the_same_each_time(limit):
+    """What was evaluated is interpolated, whether it comes out of a pass or out of remembered scores."""
+    x, model = images(2, 3, 40, 40), small_net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
+        model[-1].weight.mul_(50)
+        model[-1].bias.sub_(model(x).mean(0))
+    sweep = occlusion_sweep(model, x, 6, 1, refine=4, refine_tolerance=1, memory_limit=limit)
+    truth = brute_force(model, x, 6, 1)
+    labels, probabilities = sweep.label_map(), sweep.probability_map(0)
+    assert truth.argmax(-1).unique().numel() > 1
+    where = sweep.evaluated
+    assert torch.equal(labels[where], truth.argmax(-1)[where])
+    for _ in range(2):
+        sweep.scores()
+        assert torch.equal(sweep.label_map(), labels) and torch.equal(sweep.probability_map(0), probabilities)
+    inner = truth.softmax(-1)[..., 0]
+    middle = (inner[:, 0, 0] + inner[:, 0, 4] + inner[:, 4, 0] + inner[:, 4, 4]) / 4
+    close(probabilities[:, 2, 2], middle)  # of the probabilities, not that of interpolated scores
+
+
+def test_refine_looks_at_the_classes_that_are_asked_for():
+    class Corner(nn.Module):
+        """Class 1 depends on a small square, and is never the best one."""
+
+        def forward(self, y):
+            return torch.stack([100 + y.mean((1, 2, 3)), y[:, 0, 20:24, 20:24].sum((1, 2))], 1)
+
+    model, x = Corner().eval(), torch.ones(1, 3, 40, 40)
+    whole = occlusion_sweep(model, x, 4, 1).score_map(1)
+    unseen = occlusion_sweep(model, x, 4, 1, refine=3)
+    assert "every 3th window, and all where the map of the class of the clean image" in unseen.explain()
+    asked = occlusion_sweep(model, x, 4, 1, refine=3, targets=[1])
+    assert "of the classes [1] varies" in asked.explain()
+    assert unseen.evaluated.sum() < asked.evaluated.sum() < asked.evaluated.numel()
+    assert (unseen.score_map(1) - whole).abs().max() > 0.5 * 16
+    close(asked.score_map(1), whole)
+
+
 def test_refine_without_tolerance_is_the_whole_sweep():
     model, x = small_net(), images(2)
     sweep = occlusion_sweep(model, x, 5, 2, refine=3, refine_tolerance=0.0)
@@ -702,7 +781,7 @@ def test_refine_counts_the_images_of_a_function():
     assert sum(seen) < sweep.evaluated.sum() + 8  # the clean image, and a look at whether others disturb it
     before = sum(seen)
     sweep.scores()
-    assert sum(seen) == before
+    assert sum(seen) == before + 1  # the clean image: whether the function still is the same
 
 
 # -- bad input
