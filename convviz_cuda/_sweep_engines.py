@@ -111,7 +111,8 @@ class Incremental:
         if layer not in self._sums:
             index = _layer_index(self.raw, layer)
             found = self.raw.layers[index]
-            if found.axes != (2, 3) or len(found.shape) != 3:
+            pooled = found.axes is None and found.shape[1:] == (1, 1)
+            if len(found.shape) != 3 or not (found.axes == (2, 3) or pooled):
                 raise ValueError(
                     f"The layer {layer!r} has no feature maps: its output is {('N', *found.shape)}."
                 )

@@ -473,7 +473,8 @@ class Program:
             axes = layer.axes
 
             def step(chunk: Chunk) -> None:
-                chunk.probes[index] = channel_sums(_as_maps(chunk.values[index], axes))
+                value = chunk.values[index]
+                chunk.probes[index] = channel_sums(value if axes is None else _as_maps(value, axes))
         else:
             self.cached.add(index)
             rows, cols = (self._table(a, [self._starts(index, a)]) for a in (0, 1))
@@ -492,7 +493,8 @@ class Program:
                 delta = ops.sum_windows(base, patch, chunk.variants, rows, cols, bias, low, high)
                 chunk.probes[index] = chunk.sums[index].index_select(0, chunk.variants[:, 0]) + delta
 
-        self._add(self._new_slot(), layer.channels, [index], step)
+        channels = layer.shape[0] if layer.axes is None else layer.channels
+        self._add(self._new_slot(), channels, [index], step)
 
     # -- memory
 

@@ -163,6 +163,7 @@ class OcclusionSweep:
         self._known: list[Part] = []  # the scores of the coarse grid, with ``refine``
         self._lock = threading.RLock()
         self._captured: Network | None = None
+        self._whole: BruteForce | None = None  # for layers that the captured network does not have
         device = images.device.type
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self.error: float | None = None
@@ -335,7 +336,8 @@ class OcclusionSweep:
         """(B, R, Q): a feature map's summed activation at each position: Zeiler & Fergus, figure 7 (b).
 
         layer: the name of a module (as in ``named_modules``); channel: one for all images, one an image, or
-        "strongest": the one whose sum is largest on the clean image.
+        "strongest": the one whose sum is largest on the clean image. A module whose output is not among the captured
+        layers' runs on whole masked images, slower.
         """
         return self._gather(self._activation(layer, channel))[0]
 
@@ -397,7 +399,8 @@ class OcclusionSweep:
         return {"label": _Reduction(lambda p: p.scores.argmax(1))}
 
     def _activation(self, layer: str, channel: int | str | Sequence[int]) -> dict[Any, _Reduction]:
-        clean = self._engine.channel_sums(layer)
+        with self._conditions():
+            clean = self._serving((layer,)).channel_sums(layer)
         if isinstance(channel, str):
             if channel != "strongest":
                 raise ValueError(
@@ -411,6 +414,20 @@ class OcclusionSweep:
                 lambda p: _pick(p.probes[layer], chosen, p.image), layer
             )
         }
+
+    def _serving(self, layers: Sequence[str]) -> Incremental | BruteForce:
+        """The engine; or whole masked images, where the captured network has not what a module returns: one without an
+        operation of its own, one whose output nobody reads, one that returns something else than its last map."""
+        if isinstance(self._engine, BruteForce) or self._engine.narrow:
+            return self._engine
+        try:
+            for layer in layers:
+                self._engine.channel_sums(layer)
+        except ValueError:
+            if self._whole is None:
+                self._whole = self._brute_force(self._own_scores(), "asked for a layer that was not captured")
+            return self._whole
+        return self._engine
 
     def _target_columns(self, target: Any) -> Tensor:
         chosen = _per_image("target", target, self.shape[0], self._count, self._images.device)
@@ -503,6 +520,8 @@ class OcclusionSweep:
 
     def _run(self, wanted: dict[Any, _Reduction]) -> dict[Any, Tensor]:
         layers = tuple(dict.fromkeys(each.layer for each in wanted.values() if each.layer is not None))
+        with self._conditions():
+            engine = self._serving(layers)
         key = tuple(wanted)
         state = self._passes.pop(key, None) or _Pass({}, self.evaluated.clone())
         total = int(self.evaluated.sum())
@@ -524,14 +543,14 @@ class OcclusionSweep:
                 skipped = total - int(state.left.sum())
                 left = None if bool(state.left.all()) else state.left.clone()
                 with Progress(total, "windows", self._progress, "occlusion", skipped=skipped) as bar:
-                    for part in self._engine.parts(layers, left, bar):
+                    for part in engine.parts(layers, left, bar):
                         take(part)
         except BaseException:
             self._passes = {key: state}  # only the last one
             raise
         if not state.results:  # not a single window
             none = torch.zeros(0, dtype=torch.long, device=self.clean.device)
-            sums = {layer: self._engine.channel_sums(layer)[:0] for layer in layers}
+            sums = {layer: engine.channel_sums(layer)[:0] for layer in layers}
             for name, each in wanted.items():
                 value = each.function(Part(none, none, none, self.clean[:0], sums))
                 state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))

@@ -1395,10 +1395,43 @@ def test_a_module_that_returns_something_else():
         model(x)
     sweep = occlusion_sweep(model, x, 8, 8)
     truth = brute_force(lambda y: model.block(y).sum((2, 3)), x, 8, 8)[..., 1]
-    with pytest.raises(ValueError, match="incremental=False serves"):
-        sweep.activation_map("block", 1)
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.activation_map("block", 1), truth)
     whole = occlusion_sweep(model, x, 8, 8, incremental=False)
     close(whole.activation_map("block", 1), truth)
+
+
+class Passing(nn.Module):
+    """An identity, a global average, a module whose output nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.same, self.pool = nn.Conv2d(3, 4, 3), nn.Identity(), nn.AdaptiveAvgPool2d(1)
+        self.unread, self.head = nn.Conv2d(4, 2, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.same(self.a(x))
+        self.unread(x)
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("layer", ["same", "pool", "unread"])
+def test_layers_that_the_captured_network_does_not_have(layer):
+    torch.manual_seed(0)
+    model, x = Passing().double().eval(), images(2)
+    parts = {
+        "same": lambda y: model.a(y),
+        "pool": lambda y: model.pool(model.a(y)),
+        "unread": lambda y: model.unread(model.a(y)),
+    }
+    truth = brute_force(lambda y: parts[layer](y).sum((2, 3)), x, 8, 6)
+    sweep = occlusion_sweep(model, x, 8, 6)
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.activation_map(layer, 1), truth[..., 1])
+    maps = sweep.maps(0, layer, [1, 0])
+    close(maps.activation, torch.stack([truth[0, ..., 1], truth[1, ..., 0]]))
+    close(maps.probability, brute_force(model, x, 8, 6).softmax(-1)[..., 0])
+    assert (sweep._whole is None) == (layer == "pool")
 
 
 def test_a_layer_that_does_not_run():
