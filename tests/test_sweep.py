@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convviz_cuda
 from convviz_cuda import _sweep_engines as engines
+from convviz_cuda import sweep as sweep_module
 from convviz_cuda import window_ops as ops
 from convviz_cuda._layers import Layer
 from convviz_cuda._sweep_plan import Geometry, costs, window_spans
@@ -553,6 +554,38 @@ def test_memory_limit_is_kept_and_changes_nothing():
 def test_memory_limit_too_small_is_said_before_anything_runs():
     with pytest.raises(ValueError, match="memory_limit must be at least \\d+ bytes .* but it is 1000"):
         occlusion_sweep(small_net(), images(1), 8, 8, memory_limit=1000)
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_only_a_limit_that_was_given_is_an_error(monkeypatch, incremental):
+    model, x = small_net(), images(2)
+    monkeypatch.setitem(sweep_module.MEMORY, "cpu", 1000)
+    sweep = occlusion_sweep(model, x, 8, 8, incremental=incremental)
+    close(sweep.scores(), brute_force(model, x, 8, 8))
+    with pytest.raises(ValueError, match="memory_limit must be at least \\d+ bytes .* but it is 1000"):
+        occlusion_sweep(model, x, 8, 8, incremental=incremental, memory_limit=1000)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_memory_limit_of_whole_images(mixes):
+    """Windows of an image, or of all together where they depend on each other, fit; or else it is said."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    model = (lambda y: wide(y) - wide(y).mean(0, keepdim=True)) if mixes else wide
+    x = images(3, 3, 48, 48, torch.float32)
+    map_bytes = 64 * 48 * 48 * 4  # a forward holds two of them an image
+    expected = brute_force(model, x, 24, 12)
+    limits = [m * map_bytes for m in ((7.5,) if mixes else (2.5, 7.5, 12.5))]
+    for limit in limits:
+        sweep = occlusion_sweep(model, x, 24, 12, memory_limit=int(limit), incremental=False)
+        with Live() as live:
+            found = sweep.label_map()
+        assert torch.equal(found, expected.argmax(-1))
+        assert limit / 3 < live.peak <= limit
+    with pytest.raises(ValueError, match=r"memory_limit must be at least \d+ bytes for one window"):
+        occlusion_sweep(model, x, 24, 12, memory_limit=(5 if mixes else 1) * map_bytes, incremental=False)
 
 
 @pytest.mark.parametrize("incremental", [True, False])
