@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import window_ops as ops
-from ._sweep_plan import Geometry, Group, costs
+from ._sweep_plan import COVERS, Geometry, Group, costs
 from ._sweep_program import Program
 from .network import Network, rows_agree
 from .progress import Progress
@@ -215,9 +215,14 @@ class Incremental:
 
     def explain(self) -> str:
         plan = self.plan
-        lines = [
+        first = (
             f"Incremental: {len(plan.programs)} groups of windows; about {plan.seconds:.2g} s estimated, "
-            f"{plan.dense:.2g} s on whole images.",
+            f"{plan.dense:.2g} s on whole images."
+        )
+        if plan.seconds >= plan.dense:
+            first = f"Captured layers, whole images: about {plan.dense:.2g} s estimated, rectangles would be no faster."
+        lines = [
+            first,
             f"Blocks of {plan.block} images; {min(n for _, _, n in plan.programs)} to "
             f"{max(n for _, _, n in plan.programs)} windows a chunk.",
         ]
@@ -225,19 +230,13 @@ class Incremental:
             lines.append(f"group {number}: {len(group.rows)} x {len(group.cols)} windows, {most} a chunk")
             for index, note in program.notes.items():
                 layer = self.network.layers[index]
-                reason = ""
-                if note == "whole map":
-                    reason = (
-                        " (mixes positions)"
-                        if program.geometry.whole[index]
-                        else " (the rectangle covers most of it)"
-                    )
-                lines.append(f"  {layer.name}: {layer.kind}, {note}{reason}")
+                lines.append(f"  {layer.name}: {layer.kind}, {note}")
         for stage in plan.stages:
             for index in stage.layers:
                 layer = self.network.layers[index]
+                why = next((g.why[index] for g, _, _ in plan.programs if g.why[index]), COVERS)
                 lines.append(
-                    f"  {layer.name}: {layer.kind}, whole, {stage.batch} windows of all groups at once"
+                    f"  {layer.name}: {layer.kind}, whole ({why}), {stage.batch} windows of all groups at once"
                 )
         return "\n".join(lines)
 

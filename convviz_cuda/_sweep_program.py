@@ -225,7 +225,9 @@ class Program:
             return
         if kind == "mean" and self.group.sizes[layer.inputs[0]] is not None:
             self._emit_mean(index)
-        elif size is None:
+            self.notes[index] = "difference of the rectangle's sums"
+            return
+        if size is None:
             self._emit_whole(index)
         elif kind == "convolution":
             self._emit_convolution(index, size)
@@ -246,7 +248,7 @@ class Program:
             ]
             self._emit_call(index, slots, layer.channels * math.prod(size))
         if size is None:
-            self.notes[index] = "whole map"
+            self.notes[index] = f"whole map ({self.group.why[index]})"
         else:
             height, width = layer.size
             self.notes[index] = f"{size[0]} x {size[1]} of {height} x {width}"
