@@ -297,7 +297,7 @@ class Program:
         slot = self._region(layer.inputs[0], origins, extent)
         raw = (
             layer.packed is None
-            and layer.taps is None
+            and not layer.is_ours
             and (layer.bias is not None or layer.activation is not None)
         )
         if raw:
