@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import window_ops as ops
 from ._evaluated import evaluated
-from ._sweep_plan import Geometry, Group, costs
+from ._sweep_plan import COVERS, Geometry, Group, costs
 from ._sweep_program import Program, channel_sums
 from .network import Network, rows_agree
 from .progress import Progress
@@ -44,6 +44,14 @@ class Part(NamedTuple):
     probes: dict[str, Tensor]
 
 
+def check_limit(limit: int, least: int) -> None:
+    """ValueError for a memory limit below what one window needs."""
+    if least > limit:
+        raise ValueError(
+            f"memory_limit must be at least {least} bytes for one window of this model, but it is {limit}."
+        )
+
+
 def _layer_index(network: Network, name: str) -> int:
     try:
         return network.layer_index(name)
@@ -59,7 +67,7 @@ class Incremental:
         self.images = sweep._images.contiguous(memory_format=torch.channels_last)
         self.fill = sweep._fill.to(self.images.dtype)
         self.spans, self.shape = sweep.spans, sweep.shape
-        self.classes, self.limit = sweep.classes, sweep.memory_limit
+        self.classes, self.limit, self.limited = sweep.classes, sweep.memory_limit, sweep._limited
         self.costs = costs(self.images.device)
         # oneDNN's fused bounds and Winograd's sums lose a NaN or an infinity.
         self.finite = bool(self.images.isfinite().all()) and bool(self.fill.isfinite().all())
@@ -84,7 +92,8 @@ class Incremental:
 
     def _plan(self, network: Network, layers: tuple[str, ...]) -> _Plan:
         spans = [each.tobytes() for each in self.spans]
-        key = ("plan", *spans, self.images.device, layers, self.limit, self.shape[0], torch.get_num_threads())
+        limit = self.limit, self.limited
+        key = ("plan", *spans, self.images.device, layers, limit, self.shape[0], torch.get_num_threads())
         return network.remember(key, lambda: _Plan(network, self, layers))
 
     def _clean(self) -> Tensor:
@@ -216,9 +225,14 @@ class Incremental:
 
     def explain(self) -> str:
         plan = self.plan
-        lines = [
+        first = (
             f"Incremental: {len(plan.programs)} groups of windows; about {plan.seconds:.2g} s estimated, "
-            f"{plan.dense:.2g} s on whole images.",
+            f"{plan.dense:.2g} s on whole images."
+        )
+        if plan.seconds >= plan.dense:
+            first = f"Captured layers, whole images: about {plan.dense:.2g} s estimated, rectangles would be no faster."
+        lines = [
+            first,
             f"Blocks of {plan.block} images; {min(n for _, _, n in plan.programs)} to "
             f"{max(n for _, _, n in plan.programs)} windows a chunk.",
         ]
@@ -226,19 +240,13 @@ class Incremental:
             lines.append(f"group {number}: {len(group.rows)} x {len(group.cols)} windows, {most} a chunk")
             for index, note in program.notes.items():
                 layer = self.network.layers[index]
-                reason = ""
-                if note == "whole map":
-                    reason = (
-                        " (mixes positions)"
-                        if program.geometry.whole[index]
-                        else " (the rectangle covers most of it)"
-                    )
-                lines.append(f"  {layer.name}: {layer.kind}, {note}{reason}")
+                lines.append(f"  {layer.name}: {layer.kind}, {note}")
         for stage in plan.stages:
             for index in stage.layers:
                 layer = self.network.layers[index]
+                why = next((g.why[index] for g, _, _ in plan.programs if g.why[index]), COVERS)
                 lines.append(
-                    f"  {layer.name}: {layer.kind}, whole, {stage.batch} windows of all groups at once"
+                    f"  {layer.name}: {layer.kind}, whole ({why}), {stage.batch} windows of all groups at once"
                 )
         return "\n".join(lines)
 
@@ -418,13 +426,12 @@ class _Plan:
         peaks = [network.peak(*each) for each in ends]
         once = 2 * sum(peaks) + max(program.peak for _, program in built)
         least = cache + max(running, once * itemsize)
-        if least > engine.limit:
-            raise ValueError(
-                f"memory_limit must be at least {least} bytes for one window of this model, but it is {engine.limit}."
-            )
-        half = engine.limit // 2
+        if engine.limited:
+            check_limit(engine.limit, least)
+        limit = max(engine.limit, least)
+        half = limit // 2
         self.block = max(1, min(engine.shape[0], half // max(1, cache + running)))
-        left = engine.limit - self.block * cache
+        left = limit - self.block * cache
         # Two chunks a worker are under way, each as its value at least.
         threads = torch.get_num_threads() if engine.images.device.type == "cpu" else 1
         most = left // 2 // max(1, 2 * max(program.peak for _, program in built) * itemsize)
@@ -486,11 +493,9 @@ class BruteForce:
         self.images = sweep._images if images is None else images
         self.fill = sweep._fill.to(self.images.dtype)
         self._sums: dict[str, Tensor] = {}
-        each = self.images[:1].numel() * self.images.element_size()
-        # What the model itself needs is not known; forty times its input is common. On the CPU a few images
-        # stay in the caches.
+        # On the CPU a few images stay in the caches.
         most = 8 if self.images.device.type == "cpu" else 128
-        self.most = int(max(1, min(most, sweep.memory_limit // max(1, 40 * each))))
+        self.most = int(max(1, min(most, sweep.memory_limit // max(1, sweep._bytes_each))))
 
     def channel_sums(self, layer: str) -> Tensor:
         if layer not in self._sums:

@@ -226,7 +226,9 @@ class Program:
             return
         if kind == "mean" and self.group.sizes[layer.inputs[0]] is not None:
             self._emit_mean(index)
-        elif size is None:
+            self.notes[index] = "difference of the rectangle's sums"
+            return
+        if size is None:
             self._emit_whole(index)
         elif kind == "convolution":
             self._emit_convolution(index, size)
@@ -247,7 +249,7 @@ class Program:
             ]
             self._emit_call(index, slots, layer.channels * math.prod(size))
         if size is None:
-            self.notes[index] = "whole map"
+            self.notes[index] = f"whole map ({self.group.why[index]})"
         else:
             height, width = layer.size
             self.notes[index] = f"{size[0]} x {size[1]} of {height} x {width}"
@@ -296,7 +298,7 @@ class Program:
         slot = self._region(layer.inputs[0], origins, extent)
         raw = (
             layer.packed is None
-            and layer.taps is None
+            and not layer.is_ours
             and (layer.bias is not None or layer.activation is not None)
         )
         if raw:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ._draws import drawn_from
 from ._export import Unsupported, parse
-from ._layers import Axis, Layer
+from ._layers import WEIGHTS, Axis, Layer
 
 
 class CannotCapture(RuntimeError):
@@ -144,6 +144,8 @@ class Network:
     chosen: bool = False  # whether it computes only the classes that were asked for
     key: Any = None  # the state of the model when it was captured
     derived: dict[Any, Any] = field(default_factory=dict)  # what was worked out of it, for the next call
+    # The prepared weights of convolutions, by their place and the layers folded into them: derived networks share them.
+    prepared: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
 
     def readers(self) -> list[list[int]]:
         """For each layer, the layers that read it."""
@@ -248,6 +250,7 @@ class Network:
         layers = [dataclasses.replace(layer) for layer in self.layers]
         readers = self.readers()
         moved = list(range(len(layers)))  # where a layer's value is found now
+        folded: dict[int, tuple[int, ...]] = {}
         for index, layer in enumerate(layers):
             layer.inputs = tuple(moved[source] for source in layer.inputs)
             if len(layer.inputs) != 1 or layer.kind != "pointwise":
@@ -263,6 +266,7 @@ class Network:
                 and before.activation is None
             ):
                 _fold(before, layer.args[1], layer.args[2])
+                folded[source] = (*folded.get(source, ()), index)
             elif (
                 layer.args
                 and layer.args[0] == "clamp"
@@ -287,8 +291,13 @@ class Network:
         for old in used:
             layer = layers[old]
             layer.inputs = tuple(new[source] for source in layer.inputs)
-            if pack:
-                layer.pack()
+            if pack and layer.kind == "convolution":
+                place = (old, *folded.get(old, ()))
+                if place not in self.prepared:
+                    layer.pack()
+                    self.prepared[place] = {name: getattr(layer, name) for name in WEIGHTS}
+                result.append(dataclasses.replace(layer, **self.prepared[place]))
+                continue
             result.append(layer)
         return Network(result, new[moved[self.output]], names, frozenset(new[moved[index]] for index in keep))
 
@@ -326,7 +335,7 @@ class Network:
         for index in path:
             layer = layers[index]
             layers[index] = dataclasses.replace(layer, shape=(len(classes), *layer.shape[1:]))
-        packed = last.packed is not None or last.taps is not None
+        packed = last.packed is not None or last.is_ours
         layers[path[-1]] = last = dataclasses.replace(
             layers[path[-1]],
             weight=last.weight[rows],

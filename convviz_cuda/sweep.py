@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from . import window_ops as ops
 from ._evaluated import evaluated, modules_behind, warn_of_training
-from ._sweep_engines import BruteForce, Incremental, Part
+from ._peak_bytes import PeakBytes
+from ._sweep_engines import BruteForce, Incremental, Part, check_limit
 from ._sweep_plan import window_spans
 from .checks import check_images, check_int, check_real
 from .fills import Fill, fill_values
@@ -88,7 +89,8 @@ def occlusion_sweep(
             it; "inside": whole windows only.
         seed: of the "noise" fill, from 0 to ``2**31 - 1``.
         memory_limit: bytes that the sweep may hold besides the images, the network's weights and the
-            results; 1 GiB on the CPU and 4 GiB on a GPU unless given.
+            results, but for the model's own first run on the clean images, which takes them all at once. None: 1 GiB
+            on the CPU and 4 GiB on a GPU, or what one window needs.
         dtype: torch.bfloat16 or torch.float16: compute in that dtype; ``.error`` then says what it cost.
         tf32: allow TF32 on the GPU (the error of single precision is 1e3 times smaller).
         refine: opt in to sampling: evaluate every ``refine``-th window first, all windows only where the
@@ -158,6 +160,7 @@ class OcclusionSweep:
         self._model, self._tf32, self._progress = model, tf32, progress
         limit = memory_limit if memory_limit is not None else MEMORY.get(images.device.type, 1 << 30)
         self.memory_limit = int(limit)
+        self._limited = memory_limit is not None  # or else it may be exceeded, where one window needs more
         self._results: dict[Any, Tensor] = {}
         self._passes: dict[Any, _Pass] = {}
         self._known: list[Part] = []  # the scores of the coarse grid, with ``refine``
@@ -213,10 +216,20 @@ class OcclusionSweep:
         evaluates = isinstance(model, nn.Module) and not any(m.training for m in model.modules())
         if evaluates and self._original.device.type == "cpu" and self._original.numel():
             try:
-                return self._forward(self._model, self._original.clone(memory_format=torch.channels_last))
+                return self._measured(torch.channels_last)
             except Exception:  # if it is broken, its error comes again
                 pass
-        return self._forward(self._model, self._original.clone())
+        return self._measured(torch.preserve_format)
+
+    def _measured(self, layout: torch.memory_format) -> Tensor:
+        """The model's scores of the clean images; ``_bytes_each``: what it holds for one of them besides."""
+        images = self._original
+        with PeakBytes(self._limited) as peak:
+            scores = self._forward(self._model, images.clone(memory_format=layout))
+        # Not measured, forty times its input is common.
+        own = images[:1].nbytes
+        self._bytes_each = own - (-peak.bytes // max(1, len(images))) if self._limited else 40 * own
+        return scores
 
     def _incremental(self, reference: Tensor, dtype: torch.dtype | None) -> Incremental:
         for again in (False, True):
@@ -258,13 +271,23 @@ class OcclusionSweep:
         """Whether images in this layout may be evaluated together with others: quite different neighbours
         change nothing."""
         images = self._images
-        crowd = torch.cat([images, images.flip(0) * -2]).contiguous(memory_format=layout)
+        count = 2 * len(images)
+        if self._limited:
+            count = max(1, min(count, self.memory_limit // max(1, self._bytes_each)))
+        own = -(-count // 2)
+        crowd = torch.cat([images[:own], images.flip(0)[: count - own] * -2]).contiguous(memory_format=layout)
         try:
-            return rows_agree(self._forward(self._model, crowd)[: len(images)], reference)
+            return rows_agree(self._forward(self._model, crowd)[:own], reference[:own])
         except Exception:  # whatever the model makes of a larger batch
             return False
 
     def _brute_force(self, reference: Tensor, why: str) -> BruteForce:
+        engine = self._whole_images(reference, why)
+        if self._limited:
+            check_limit(self.memory_limit, self._bytes_each * (1 if engine.together else len(self._images)))
+        return engine
+
+    def _whole_images(self, reference: Tensor, why: str) -> BruteForce:
         modules = self._model.modules() if isinstance(self._model, nn.Module) else ()
         if any(module.training for module in modules):  # another batch would go into its statistics
             return BruteForce(self, self._model, False, why)

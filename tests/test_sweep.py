@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convviz_cuda
 from convviz_cuda import _sweep_engines as engines
+from convviz_cuda import _sweep_plan
+from convviz_cuda import sweep as sweep_module
 from convviz_cuda import window_ops as ops
 from convviz_cuda._draws import drawn_from
 from convviz_cuda._layers import Layer
-from convviz_cuda._sweep_plan import Geometry, costs, window_spans
+from convviz_cuda._sweep_plan import Costs, Geometry, costs, window_spans
 from convviz_cuda.fills import fill_values
 from convviz_cuda.models import zfnet_mini
 from convviz_cuda.network import capture, rows_agree
@@ -140,13 +144,16 @@ blocks = st.tuples(
     border=st.sampled_from(["clip", "inside"]),
     head=st.sampled_from(["mean", "flatten", "pool"]),
     seed=st.integers(0, 99),
+    kind=st.sampled_from([(torch.float64, 4), (torch.float32, 4), (torch.float32, 48)]),
 )
-def test_random_networks(specs, size, window, stride, border, head, seed):
+def test_random_networks(specs, size, window, stride, border, head, seed, kind):
+    """Rectangles wherever they are possible, whatever they cost; single precision with both of our convolutions."""
     torch.manual_seed(seed)
+    dtype, channels = kind
     window = tuple(min(w, s) for w, s in zip(window, size, strict=True))
     body = nn.Sequential(
-        nn.Conv2d(3, 4, 3, 1, 1),
-        *(Block(k, 4, n, s, 1 if k in ("max", "avg") else d) for k, n, s, d in specs),
+        nn.Conv2d(3, channels, 3, 1, 1),
+        *(Block(k, channels, n, s, 1 if k in ("max", "avg") else d) for k, n, s, d in specs),
     )
     for module in body.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -166,9 +173,16 @@ def test_random_networks(specs, size, window, stride, border, head, seed):
     }[head]
     features = shape[1] if head != "flatten" else shape[1:].numel()
     model = nn.Sequential(body, *tail, nn.Linear(features, 3)).double().eval()
-    sweep = occlusion_sweep(model, x, window, stride, border=border, fill="noise")
-    assert sweep.explain().startswith("Incremental")
-    close(sweep.scores(), brute_force(model, x, window, stride, fill_values(x, "noise"), border))
+    expected = brute_force(model, x, window, stride, fill_values(x, "noise"), border)
+    model, y = copy.deepcopy(model).to(dtype), x.to(dtype)
+    with (
+        mock.patch.object(engines, "costs", lambda _: Costs(1e9, 1e9, 0.0, 1 << 16)),
+        mock.patch.object(_sweep_plan, "FULL", 1.01),
+        mock.patch.object(_sweep_plan, "FULL_POINTWISE", 1.01),
+    ):
+        sweep = occlusion_sweep(model, y, window, stride, border=border, fill=fill_values(x, "noise"))
+        assert not sweep.explain().startswith("Brute force")
+        close(sweep.scores().double(), expected, 1e-10 if dtype == torch.float64 else 1e-4)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -205,6 +219,52 @@ def test_groups_cover_every_window_and_its_rectangle(size, window, stride, kerne
                 assert (starts <= low)[changed].all() and (starts + group.sizes[index][axis] >= high)[
                     changed
                 ].all()
+
+
+# -- what is said of it
+
+
+def test_explain_says_what_is_done_with_each_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5),
+    ).eval()  # fmt: skip
+    x = images(1, 3, 64, 64, torch.float32)
+    lines = occlusion_sweep(model, x, 8, 8).explain().splitlines()
+    assert lines[0].startswith("Incremental: ")
+    groups = [i for i, line in enumerate(lines) if line.startswith("group ")]
+    largest = max(groups, key=lambda i: lines[i + 2])
+    # By hand: pixels 8 to 15 reach the outputs 4 to 8 of the first convolution, 3 to 9 of the second.
+    assert lines[largest + 1 : largest + 5] == [
+        "  conv2d: convolution, 5 x 5 of 32 x 32",
+        "  conv2d_1: convolution, 7 x 7 of 32 x 32",
+        "  max_pool2d: max_pool, 4 x 4 of 16 x 16",
+        "  adaptive_avg_pool2d: mean, difference of the rectangle's sums",
+    ]
+    assert lines[-2].startswith("  flatten: general, whole (mixes positions), ")
+    assert lines[-1].startswith("  linear: linear, whole (mixes positions), ")
+    most = occlusion_sweep(model, x, 60, 4).explain().splitlines()
+    assert most[0].startswith("Captured layers, whole images: ")
+    assert any(
+        line.startswith("  conv2d: convolution, whole map (rectangles would be no faster)") for line in most
+    )
+
+
+def test_explain_says_why_maps_are_whole(monkeypatch):
+    monkeypatch.setattr(engines, "COVERED", 2.0)  # so that the groups go to the end
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 9, padding=4), nn.Conv2d(64, 64, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5),
+    ).eval()  # fmt: skip
+    lines = occlusion_sweep(model, images(1, 3, 32, 32, torch.float32), 20, 6).explain().splitlines()
+    assert [line.strip() for line in lines[3:7]] == [
+        "conv2d: convolution, 22 x 22 of 32 x 32",
+        "conv2d_1: convolution, 30 x 30 of 32 x 32",
+        "conv2d_2: convolution, whole map (the rectangle covers most of it)",
+        "adaptive_avg_pool2d: mean, whole map (mixes positions)",
+    ]
 
 
 # -- windows, fills, borders
@@ -576,6 +636,38 @@ def test_memory_limit_is_kept_and_changes_nothing():
 def test_memory_limit_too_small_is_said_before_anything_runs():
     with pytest.raises(ValueError, match="memory_limit must be at least \\d+ bytes .* but it is 1000"):
         occlusion_sweep(small_net(), images(1), 8, 8, memory_limit=1000)
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_only_a_limit_that_was_given_is_an_error(monkeypatch, incremental):
+    model, x = small_net(), images(2)
+    monkeypatch.setitem(sweep_module.MEMORY, "cpu", 1000)
+    sweep = occlusion_sweep(model, x, 8, 8, incremental=incremental)
+    close(sweep.scores(), brute_force(model, x, 8, 8))
+    with pytest.raises(ValueError, match="memory_limit must be at least \\d+ bytes .* but it is 1000"):
+        occlusion_sweep(model, x, 8, 8, incremental=incremental, memory_limit=1000)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_memory_limit_of_whole_images(mixes):
+    """Windows of an image, or of all together where they depend on each other, fit; or else it is said."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    model = (lambda y: wide(y) - wide(y).mean(0, keepdim=True)) if mixes else wide
+    x = images(3, 3, 48, 48, torch.float32)
+    map_bytes = 64 * 48 * 48 * 4  # a forward holds two of them an image
+    expected = brute_force(model, x, 24, 12)
+    limits = [m * map_bytes for m in ((7.5,) if mixes else (2.5, 7.5, 12.5))]
+    for limit in limits:
+        sweep = occlusion_sweep(model, x, 24, 12, memory_limit=int(limit), incremental=False)
+        with Live() as live:
+            found = sweep.label_map()
+        assert torch.equal(found, expected.argmax(-1))
+        assert limit / 3 < live.peak <= limit
+    with pytest.raises(ValueError, match=r"memory_limit must be at least \d+ bytes for one window"):
+        occlusion_sweep(model, x, 24, 12, memory_limit=(5 if mixes else 1) * map_bytes, incremental=False)
 
 
 @pytest.mark.parametrize("incremental", [True, False])
@@ -1000,7 +1092,7 @@ def test_chosen_classes_leave_feature_maps_alone():
 def test_chosen_classes_behind_a_softmax():
     model, x = nn.Sequential(small_net(), nn.Softmax(1)).eval(), images(2)
     sweep = occlusion_sweep(model, x, 8, 8, targets=[3, 1])
-    assert sweep.explain().startswith("Incremental")
+    assert not sweep.explain().startswith("Brute force")
     close(sweep.scores(), brute_force(model, x, 8, 8)[..., [3, 1]])
 
 
@@ -1474,6 +1566,29 @@ def test_sweeps_of_other_classes_share_the_prepared_layers():
     assert all(a is b for a, b in zip(first[:-1], second[:-1], strict=True)) and first[-1] is not second[-1]
 
 
+def test_prepared_weights_are_held_once():
+    """However many layers' maps were asked for: in Winograd's domain 16/9 of the weights."""
+    layers = [nn.Conv2d(3, 64, 3), *(each for _ in range(4) for each in (nn.ReLU(), nn.Conv2d(64, 64, 3)))]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x = images(1, dtype=torch.float32)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    for layer in range(0, 9):
+        part = model[: layer + 1]
+        sums = brute_force(lambda y, part=part: part(y).sum((2, 3)), x, 8, 8)[..., 1]
+        close(sweep.activation_map(str(layer), 1), sums, 1e-4)
+    raw = capture(model, x)
+    held = {}
+    for network in raw.derived.values():
+        for layer in network.layers:
+            for tensor in (layer.weight, layer.bias, layer.packed, layer.tiles, layer.taps):
+                if tensor is not None:
+                    held[tensor.data_ptr()] = tensor.nbytes
+    own = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    weights = sum(own.values())
+    assert len(raw.derived) > 4
+    assert sum(size for place, size in held.items() if place not in own) < 2 * weights
+
+
 def test_reductions_are_not_mistaken_for_maps():
     def label(scores):
         return scores.argmin(1)
@@ -1500,7 +1615,7 @@ class Counter(nn.Module):
 def test_a_module_that_counts_its_calls():
     model, x = Counter().eval(), images(1)
     sweep = occlusion_sweep(model, x, 8, 8)
-    assert sweep.explain().startswith("Incremental")
+    assert not sweep.explain().startswith("Brute force")
     model(x)
     close(sweep.scores(), brute_force(model, x, 8, 8))
 
