@@ -184,14 +184,15 @@ class OcclusionSweep:
 
     def _choose(self, incremental: bool, targets: Sequence[int] | None, dtype: torch.dtype | None) -> Any:
         images = self._original
-        reference = self._own_scores()
+        why = "incremental=False" if not incremental else ""
+        if incremental and torch.is_autocast_enabled(images.device.type):
+            why = "autocast is on"
+        tried = not why and isinstance(self._model, nn.Module) and images.numel() > 0
+        reference = self._own_scores(self._under_a_window() if tried else None)
         classes = reference.shape[1]
         self.classes = _class_list(targets, classes)
         self._column = None if self.classes is None else {c: i for i, c in enumerate(self.classes)}
         self._count = classes
-        why = "incremental=False" if not incremental else ""
-        if incremental and torch.is_autocast_enabled(images.device.type):
-            why = "autocast is on"
         engine: Any = None
         if not why and images.shape[0] and images.numel():
             try:
@@ -204,26 +205,26 @@ class OcclusionSweep:
                 raise ValueError(
                     f"dtype={dtype} needs a model that can be captured, but here it cannot: {why}"
                 )
+            reference = self._own_scores() if tried else reference
             reference = reference if dtype is None else reference.to(dtype)
             engine = self._brute_force(reference, why or "there are no images")
         self.clean = engine.clean if isinstance(engine, Incremental) else self._select(reference)
         self._weights = self._weights_now()
         return engine
 
-    def _own_scores(self) -> Tensor:
-        """The model's scores of the clean images, in the layout in which it is faster if it bears that."""
-        model = self._model
+    def _own_scores(self, images: Tensor | None = None) -> Tensor:
+        """The model's scores of the clean or these images, in the layout in which it is faster if it bears that."""
+        model, images = self._model, self._original if images is None else images
         evaluates = isinstance(model, nn.Module) and not any(m.training for m in model.modules())
         if evaluates and self._original.device.type == "cpu" and self._original.numel():
             try:
-                return self._measured(torch.channels_last)
+                return self._measured(images, torch.channels_last)
             except Exception:  # if it is broken, its error comes again
                 pass
-        return self._measured(torch.preserve_format)
+        return self._measured(images, torch.preserve_format)
 
-    def _measured(self, layout: torch.memory_format) -> Tensor:
-        """The model's scores of the clean images; ``_bytes_each``: what it holds for one of them besides."""
-        images = self._original
+    def _measured(self, images: Tensor, layout: torch.memory_format) -> Tensor:
+        """The model's scores of images; ``_bytes_each``: what it holds for one of them besides."""
         with PeakBytes(self._limited) as peak:
             scores = self._forward(self._model, images.clone(memory_format=layout))
         # Not measured, forty times its input is common.
@@ -238,8 +239,7 @@ class OcclusionSweep:
             # anyway.
             engine = None if dtype is not None else Incremental(self, network)
             clean = self._as_scores(network.run(self._original)[0]) if engine is None else engine.clean
-            same = rows_agree(clean, reference if engine is None else self._select(reference))
-            if same and self._agrees_on_a_window(network, engine):
+            if self._agrees(network, engine, clean, reference):
                 break
         else:
             raise CannotCapture(
@@ -252,20 +252,28 @@ class OcclusionSweep:
             engine = Incremental(self, narrow)
         return engine
 
-    def _agrees_on_a_window(self, network: Network, engine: Incremental | None) -> bool:
-        """Whether the model gives the same for the first image's middle window: clean images do not show everything."""
-        row, col = (len(spans) // 2 for spans in self.spans)
-        area = (..., *(slice(*spans[i].tolist()) for spans, i in zip(self.spans, (row, col), strict=True)))
-        masked = self._original[:1].clone(memory_format=torch.channels_last)
-        masked[area] = self._fill[:1].expand_as(masked)[area]
+    def _under_a_window(self) -> Tensor:
+        """The clean images, the first one with its middle window hidden: clean images do not show everything."""
+        images = self._original.clone()
+        (top, bottom), (left, right) = (spans[len(spans) // 2].tolist() for spans in self.spans)
+        fill = self._fill[:1].expand_as(images[:1])
+        images[:1, :, top:bottom, left:right] = fill[:, :, top:bottom, left:right]
+        return images
+
+    def _agrees(self, network: Network, engine: Incremental | None, clean: Tensor, reference: Tensor) -> bool:
+        """Whether what was captured gives the model's scores of the images :meth:`_under_a_window`."""
         if engine is None:
-            found = self._as_scores(network.run(masked)[0], 1)
+            shown = self._as_scores(network.run(self._under_a_window()[:1])[0], 1)
         else:
             mask = torch.zeros(self.shape, dtype=torch.bool)
-            mask[0, row, col] = True
-            found = engine.scores_of(mask)
-        expected = self._forward(self._model, masked)
-        return rows_agree(found, expected if engine is None else self._select(expected))
+            mask[0, self.shape[1] // 2, self.shape[2] // 2] = True
+            shown = engine.scores_of(mask)
+        select = self._select if engine is not None else lambda scores: scores
+        # A window over most of the image hides what changed elsewhere.
+        large = 2 * math.prod(self.window) > math.prod(self._original.shape[2:])
+        return rows_agree(torch.cat([shown, clean[1:]]), select(reference)) and (
+            not large or rows_agree(clean, select(self._own_scores()))
+        )
 
     def _crowd_agrees(self, reference: Tensor, layout: torch.memory_format) -> bool:
         """Whether images in this layout may be evaluated together with others: quite different neighbours

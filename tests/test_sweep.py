@@ -1177,6 +1177,8 @@ def test_changes_of_globals_are_seen_under_a_window():
             OUTSIDE[0] = 0.9
             found = occlusion_sweep(model, x, 8, 8, dtype=dtype).scores()
             close(found.double(), brute_force(model, x, 8, 8), 1e-10 if dtype is None else 0.1)
+        OUTSIDE[0] = 1.5  # under a window over everything nothing of it shows, but on the clean image
+        close(occlusion_sweep(model, x, 24, 8, fill=5.0).clean, model(x))
     finally:
         OUTSIDE[0] = 0.0
 
