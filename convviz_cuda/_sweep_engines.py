@@ -506,6 +506,13 @@ class BruteForce:
             self._sums[layer] = recorder.sums[layer]
         return self._sums[layer]
 
+    def clean_scores(self) -> Tensor:
+        """(B, K): the clean images' scores now, as many images in a forward as of the masked ones."""
+        parts = self.images.split(self.most if self.together else max(1, len(self.images)))
+        return torch.cat(
+            [self.sweep._select(self.sweep._forward(self.model, part.clone())) for part in parts]
+        )
+
     def parts(self, layers: tuple[str, ...], mask: Tensor | None, bar: Progress) -> Iterator[Part]:
         images, (rows, cols) = self.images, self.sweep.spans
         device = images.device

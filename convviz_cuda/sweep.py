@@ -522,12 +522,13 @@ class OcclusionSweep:
         return [versions, sampled(parameters)]
 
     def _still_gives_clean(self) -> bool:
-        if not self._original.numel():
+        engine = self._engine
+        if isinstance(engine, Incremental) or not self._original.numel():
             return True
         with self._conditions():
-            now = self._select(self._own_scores())
+            now = engine.clean_scores()
             # A function that is random in its own way gives something else each time: it was not changed.
-            return rows_agree(now, self.clean) or not rows_agree(self._select(self._own_scores()), now)
+            return rows_agree(now, self.clean) or not rows_agree(engine.clean_scores(), now)
 
     @contextlib.contextmanager
     def _conditions(self) -> Iterator[None]:
