@@ -55,6 +55,9 @@ class Axis:
         return np.where(empty, 0, first), np.where(empty, 0, last)
 
 
+WEIGHTS = ("weight", "bias", "packed", "tiles", "taps")  # of a layer: what folding and packing changes
+
+
 @dataclass
 class Layer:
     """One operation. ``shape`` is that of one image; ``axes`` are the dims (with the batch) of height and
@@ -81,7 +84,7 @@ class Layer:
     name: str = ""
     packed: Tensor | None = None  # oneDNN's own order of the weight
     tiles: Tensor | None = None  # the weight in Winograd's domain, packed
-    taps: Tensor | None = None  # the weight packed for the direct convolution
+    taps: Tensor | None = None  # the weight packed for the direct convolution; with tiles, once it is needed
 
     @property
     def size(self) -> tuple[int, int]:
@@ -142,7 +145,7 @@ class Layer:
     @property
     def is_ours(self) -> bool:
         """Whether a kernel of our own convolves, which can write its result to where it is wanted."""
-        return self.taps is not None
+        return self.taps is not None or self.tiles is not None
 
     def convolve_into(self, out: Tensor, x: Tensor, channel: int) -> None:
         """:meth:`convolve` without padding into the channels of ``out`` from ``channel`` on."""
@@ -155,13 +158,15 @@ class Layer:
 
     def _ours(self, x: Tensor, padding: Sequence[int]) -> tuple[Any, ...] | None:
         """Our own op for this input, the op that writes into another tensor, and their arguments; or None."""
-        if self.taps is None or not x.numel():
+        if not self.is_ours or not x.numel():
             return None
         assert self.windows is not None and self.weight is not None
         results = self.weight.shape[0]
         if self.tiles is not None and fits(*winograd.result_size(x, padding)):
             ops = winograd.winograd_conv2d_op, winograd.winograd_conv2d_inplace_op
             return *ops, as_channels_last(x), self.tiles, self.bias, results, list(padding)
+        if self.taps is None:
+            self.taps = direct_packed(self.weight)
         if any(padding):
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         ops = direct_conv.direct_conv2d_op, direct_conv.direct_conv2d_inplace_op
@@ -189,9 +194,10 @@ class Layer:
         elsewhere = weight.device.type != "cpu" or weight.dtype != torch.float32
         dense = self.groups == 1 and all(axis.dilation == 1 for axis in self.windows)
         if not elsewhere and dense and _backend.build_info():
-            self.taps = direct_packed(weight)
             if self.is_tiled and pays(*weight.shape[1::-1]):
                 self.tiles = winograd_packed(weight)
+            else:
+                self.taps = direct_packed(weight)
             return
         if elsewhere or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             self.weight = weight.contiguous(memory_format=torch.channels_last)

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
+import ctypes
+import functools
 import itertools
 import math
 import threading
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from . import window_ops as ops
-from ._sweep_plan import Geometry, Group, costs
-from ._sweep_program import Program
+from ._evaluated import evaluated
+from ._sweep_plan import COVERS, Geometry, Group, costs
+from ._sweep_program import Program, channel_sums
 from .network import Network, rows_agree
 from .progress import Progress
 
@@ -40,6 +44,14 @@ class Part(NamedTuple):
     probes: dict[str, Tensor]
 
 
+def check_limit(limit: int, least: int) -> None:
+    """ValueError for a memory limit below what one window needs."""
+    if least > limit:
+        raise ValueError(
+            f"memory_limit must be at least {least} bytes for one window of this model, but it is {limit}."
+        )
+
+
 def _layer_index(network: Network, name: str) -> int:
     try:
         return network.layer_index(name)
@@ -55,7 +67,7 @@ class Incremental:
         self.images = sweep._images.contiguous(memory_format=torch.channels_last)
         self.fill = sweep._fill.to(self.images.dtype)
         self.spans, self.shape = sweep.spans, sweep.shape
-        self.classes, self.limit = sweep.classes, sweep.memory_limit
+        self.classes, self.limit, self.limited = sweep.classes, sweep.memory_limit, sweep._limited
         self.costs = costs(self.images.device)
         # oneDNN's fused bounds and Winograd's sums lose a NaN or an infinity.
         self.finite = bool(self.images.isfinite().all()) and bool(self.fill.isfinite().all())
@@ -80,7 +92,8 @@ class Incremental:
 
     def _plan(self, network: Network, layers: tuple[str, ...]) -> _Plan:
         spans = [each.tobytes() for each in self.spans]
-        key = ("plan", *spans, self.images.device, layers, self.limit, self.shape[0], torch.get_num_threads())
+        limit = self.limit, self.limited
+        key = ("plan", *spans, self.images.device, layers, limit, self.shape[0], torch.get_num_threads())
         return network.remember(key, lambda: _Plan(network, self, layers))
 
     def _clean(self) -> Tensor:
@@ -107,7 +120,8 @@ class Incremental:
         if layer not in self._sums:
             index = _layer_index(self.raw, layer)
             found = self.raw.layers[index]
-            if found.axes != (2, 3) or len(found.shape) != 3:
+            pooled = found.axes is None and found.shape[1:] == (1, 1)
+            if len(found.shape) != 3 or not (found.axes == (2, 3) or pooled):
                 raise ValueError(
                     f"The layer {layer!r} has no feature maps: its output is {('N', *found.shape)}."
                 )
@@ -115,15 +129,16 @@ class Incremental:
             place = network.layer_index(layer)
             with torch.no_grad():
                 values = [
-                    network.run(image, [place])[1][place].sum((2, 3))
+                    channel_sums(network.run(image, [place])[1][place])
                     for image in self.images.split(self.plan.block)
                 ]
             sums = torch.cat(values)
             recorder = _Recorder(self.model, (layer,))
             if not self.narrow:
-                with torch.no_grad(), recorder:
-                    self.model(self.images.clone())
-            if not self.narrow and not rows_agree(recorder.sums.get(layer, sums[:0]), sums):
+                with torch.no_grad(), recorder, evaluated(self.model) as run:
+                    run(self.images.clone())
+            seen = recorder.sums.get(layer, sums[:0])
+            if not self.narrow and not rows_agree(seen, sums, self.images.dtype):
                 raise ValueError(
                     f"What the module {layer!r} returns is not the last map that it computes; "
                     "incremental=False serves it."
@@ -149,7 +164,7 @@ class Incremental:
                     variants = _variants(len(images), group, mask, begin)
                     if len(variants) and bases is None:
                         bases = self._clean_maps(network, plan, images)
-                        sums = {index: bases[index].sum((2, 3)) for index in plan.probes}
+                        sums = {index: channel_sums(bases[index]) for index in plan.probes}
                         means = [bases[i] for i in plan.cached if network.layers[i].kind == "mean"]
                         finite = all(bool(v.isfinite().all()) for v in (*means, *sums.values()))
                     chunk = -(-len(variants) // max(1, -(-len(variants) // most)))
@@ -162,6 +177,13 @@ class Incremental:
                         since = time.monotonic() if late else since
                 self._collect(workers, waiting, bar, wait_for_all=True)
                 yield from self._advance(network, plan, waiting, workers, bar, flush=True)
+
+    def scores_of(self, mask: Tensor) -> Tensor:
+        """(n, K): the scores of a few windows; what is kept for the first pass stays."""
+        bases = self._bases
+        scores = [part.scores for part in self.parts((), mask, Progress(0, show=False))]
+        self._bases = bases
+        return torch.cat(scores)
 
     @staticmethod
     def _collect(workers: _Workers, waiting: list[list[_Batch]], bar: Progress, wait_for_all: bool) -> None:
@@ -203,9 +225,14 @@ class Incremental:
 
     def explain(self) -> str:
         plan = self.plan
-        lines = [
+        first = (
             f"Incremental: {len(plan.programs)} groups of windows; about {plan.seconds:.2g} s estimated, "
-            f"{plan.dense:.2g} s on whole images.",
+            f"{plan.dense:.2g} s on whole images."
+        )
+        if plan.seconds >= plan.dense:
+            first = f"Captured layers, whole images: about {plan.dense:.2g} s estimated, rectangles would be no faster."
+        lines = [
+            first,
             f"Blocks of {plan.block} images; {min(n for _, _, n in plan.programs)} to "
             f"{max(n for _, _, n in plan.programs)} windows a chunk.",
         ]
@@ -213,19 +240,13 @@ class Incremental:
             lines.append(f"group {number}: {len(group.rows)} x {len(group.cols)} windows, {most} a chunk")
             for index, note in program.notes.items():
                 layer = self.network.layers[index]
-                reason = ""
-                if note == "whole map":
-                    reason = (
-                        " (mixes positions)"
-                        if program.geometry.whole[index]
-                        else " (the rectangle covers most of it)"
-                    )
-                lines.append(f"  {layer.name}: {layer.kind}, {note}{reason}")
+                lines.append(f"  {layer.name}: {layer.kind}, {note}")
         for stage in plan.stages:
             for index in stage.layers:
                 layer = self.network.layers[index]
+                why = next((g.why[index] for g, _, _ in plan.programs if g.why[index]), COVERS)
                 lines.append(
-                    f"  {layer.name}: {layer.kind}, whole, {stage.batch} windows of all groups at once"
+                    f"  {layer.name}: {layer.kind}, whole ({why}), {stage.batch} windows of all groups at once"
                 )
         return "\n".join(lines)
 
@@ -294,9 +315,29 @@ def _run_stage(network: Network, stage: _Stage, batch: _Batch) -> _Batch:
     return batch._replace(value=value, stage=batch.stage + 1)
 
 
-def _alone(barrier: threading.Barrier) -> None:
+@functools.cache
+def _thread_settings() -> list[Callable[[int], Any]]:
+    """What sets the number of threads for the calling thread alone, in the libraries that PyTorch runs on.
+
+    torch.set_num_threads does it too, but what it sets last is also what threads begin with.
+    """
+    with contextlib.suppress(OSError):
+        library = ctypes.CDLL(torch._C.__file__)
+        names = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+        return [setting for name in names if (setting := getattr(library, name, None)) is not None]
+    return []
+
+
+def _alone(barrier: threading.Barrier) -> bool:
+    """Have the calling thread run its operations alone; whether PyTorch's own setting had to be changed for it."""
     barrier.wait()  # so that each worker takes one of these calls
+    torch.get_num_threads()  # a thread's first look makes its settings
+    for setting in _thread_settings():
+        setting(1)
+    if torch.get_num_threads() == 1:
+        return False
     torch.set_num_threads(1)
+    return True
     # A thread's first look at the setting takes over the process's last one; later ones leave its own.
     torch.get_num_threads()
 
@@ -316,14 +357,13 @@ class _Workers:
 
     def __enter__(self) -> _Workers:
         if self.count > 1:
-            self._threads = torch.get_num_threads()
+            threads = torch.get_num_threads()
             self._pool = concurrent.futures.ThreadPoolExecutor(self.count, "convviz-sweep")
-            # The setting is a thread's own, except that threads which begin later take over the last one
-            # made: so all workers make theirs now, and it is put back before anything runs.
             barrier = threading.Barrier(self.count)
-            for ready in [self._pool.submit(_alone, barrier) for _ in range(self.count)]:
-                ready.result()
-            torch.set_num_threads(self._threads)
+            ready = [self._pool.submit(_alone, barrier) for _ in range(self.count)]
+            changed = [each.result() for each in ready]
+            if any(changed):  # put back before anything runs
+                torch.set_num_threads(threads)
         return self
 
     def submit(self, function: Callable[..., _Batch], *args: Any) -> None:
@@ -386,13 +426,12 @@ class _Plan:
         peaks = [network.peak(*each) for each in ends]
         once = 2 * sum(peaks) + max(program.peak for _, program in built)
         least = cache + max(running, once * itemsize)
-        if least > engine.limit:
-            raise ValueError(
-                f"memory_limit must be at least {least} bytes for one window of this model, but it is {engine.limit}."
-            )
-        half = engine.limit // 2
+        if engine.limited:
+            check_limit(engine.limit, least)
+        limit = max(engine.limit, least)
+        half = limit // 2
         self.block = max(1, min(engine.shape[0], half // max(1, cache + running)))
-        left = engine.limit - self.block * cache
+        left = limit - self.block * cache
         # Two chunks a worker are under way, each as its value at least.
         threads = torch.get_num_threads() if engine.images.device.type == "cpu" else 1
         most = left // 2 // max(1, 2 * max(program.peak for _, program in built) * itemsize)
@@ -454,20 +493,25 @@ class BruteForce:
         self.images = sweep._images if images is None else images
         self.fill = sweep._fill.to(self.images.dtype)
         self._sums: dict[str, Tensor] = {}
-        each = self.images[:1].numel() * self.images.element_size()
-        # What the model itself needs is not known; forty times its input is common. On the CPU a few images
-        # stay in the caches.
+        # On the CPU a few images stay in the caches.
         most = 8 if self.images.device.type == "cpu" else 128
-        self.most = int(max(1, min(most, sweep.memory_limit // max(1, 40 * each))))
+        self.most = int(max(1, min(most, sweep.memory_limit // max(1, sweep._bytes_each))))
 
     def channel_sums(self, layer: str) -> Tensor:
         if layer not in self._sums:
             with torch.no_grad(), _Recorder(self.model, (layer,)) as recorder:
-                self.model(self.images.clone())
+                self.sweep._forward(self.model, self.images.clone())
             if layer not in recorder.sums:
                 raise ValueError(f"The layer {layer!r} does not run.")
             self._sums[layer] = recorder.sums[layer]
         return self._sums[layer]
+
+    def clean_scores(self) -> Tensor:
+        """(B, K): the clean images' scores now, as many images in a forward as of the masked ones."""
+        parts = self.images.split(self.most if self.together else max(1, len(self.images)))
+        return torch.cat(
+            [self.sweep._select(self.sweep._forward(self.model, part.clone())) for part in parts]
+        )
 
     def parts(self, layers: tuple[str, ...], mask: Tensor | None, bar: Progress) -> Iterator[Part]:
         images, (rows, cols) = self.images, self.sweep.spans
@@ -523,7 +567,7 @@ class _Recorder:
     def _keep(self, name: str, out: Any) -> None:
         if not isinstance(out, Tensor) or out.dim() != 4:
             raise ValueError(f"The layer {name!r} has no feature maps.")
-        self.sums[name] = out.detach().sum((2, 3))
+        self.sums[name] = channel_sums(out.detach())
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:

@@ -47,6 +47,7 @@ def costs(device: torch.device) -> Costs:
 # Where a rectangle covers this part of a map, the whole map costs no more: nothing to gather, no borders to
 # look at.
 FULL, FULL_POINTWISE = 0.9, 0.9
+COVERS = "the rectangle covers most of it"
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Group:
     sizes: list[tuple[int, int] | None]
     row_starts: list[np.ndarray | None]
     col_starts: list[np.ndarray | None]
+    why: list[str]  # for each layer, why its whole map is computed; "" where only the rectangle is
 
 
 class Geometry:
@@ -110,20 +112,26 @@ class Geometry:
         sizes: list[tuple[int, int] | None] = []
         row_starts: list[np.ndarray | None] = []
         col_starts: list[np.ndarray | None] = []
+        why = []
         for index, layer in enumerate(self.network.layers):
             height, width = int(lengths[0][index]), int(lengths[1][index])
-            full = self.whole[index] or (
-                layer.kind != "input"
-                and (
-                    dense
-                    or any(sizes[source] is None for source in layer.inputs)
-                    or height * width >= _threshold(layer) * math.prod(layer.size)
-                )
-            )
+            reason = ""
+            if self.whole[index]:
+                reason = "mixes positions"
+            elif layer.kind == "input":
+                pass
+            elif dense:
+                reason = "rectangles would be no faster"
+            elif any(sizes[source] is None for source in layer.inputs):
+                reason = "an input is whole"
+            elif height * width >= _threshold(layer) * math.prod(layer.size):
+                reason = COVERS
+            full = bool(reason)
+            why.append(reason)
             sizes.append(None if full else (height, width))
             row_starts.append(None if full else self.starts(0, rows, index, height))
             col_starts.append(None if full else self.starts(1, cols, index, width))
-        return Group(rows, cols, sizes, row_starts, col_starts)
+        return Group(rows, cols, sizes, row_starts, col_starts, why)
 
     def grouping(self, images: int, model: Costs, itemsize: int) -> tuple[list[Group], float, float]:
         """The groups that the cost model likes best, its estimate of their seconds, and of evaluating every

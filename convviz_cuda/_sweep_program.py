@@ -15,6 +15,7 @@ from . import window_ops as ops
 from ._layers import UNBOUNDED, clamp_
 from ._sweep_plan import Geometry, Group
 from .network import Network
+from .window_reference import accumulator
 
 
 @dataclass
@@ -225,7 +226,9 @@ class Program:
             return
         if kind == "mean" and self.group.sizes[layer.inputs[0]] is not None:
             self._emit_mean(index)
-        elif size is None:
+            self.notes[index] = "difference of the rectangle's sums"
+            return
+        if size is None:
             self._emit_whole(index)
         elif kind == "convolution":
             self._emit_convolution(index, size)
@@ -246,7 +249,7 @@ class Program:
             ]
             self._emit_call(index, slots, layer.channels * math.prod(size))
         if size is None:
-            self.notes[index] = "whole map"
+            self.notes[index] = f"whole map ({self.group.why[index]})"
         else:
             height, width = layer.size
             self.notes[index] = f"{size[0]} x {size[1]} of {height} x {width}"
@@ -295,7 +298,7 @@ class Program:
         slot = self._region(layer.inputs[0], origins, extent)
         raw = (
             layer.packed is None
-            and layer.taps is None
+            and not layer.is_ours
             and (layer.bias is not None or layer.activation is not None)
         )
         if raw:
@@ -472,7 +475,8 @@ class Program:
             axes = layer.axes
 
             def step(chunk: Chunk) -> None:
-                chunk.probes[index] = _as_maps(chunk.values[index], axes).sum((2, 3))
+                value = chunk.values[index]
+                chunk.probes[index] = channel_sums(value if axes is None else _as_maps(value, axes))
         else:
             self.cached.add(index)
             rows, cols = (self._table(a, [self._starts(index, a)]) for a in (0, 1))
@@ -486,12 +490,13 @@ class Program:
                     whole = ops.gather_windows(
                         base, patch, chunk.variants, *origin, layer.size, 0.0, bias, low, high
                     )
-                    chunk.probes[index] = whole.sum((2, 3))
+                    chunk.probes[index] = channel_sums(whole)
                     return
                 delta = ops.sum_windows(base, patch, chunk.variants, rows, cols, bias, low, high)
                 chunk.probes[index] = chunk.sums[index].index_select(0, chunk.variants[:, 0]) + delta
 
-        self._add(self._new_slot(), layer.channels, [index], step)
+        channels = layer.shape[0] if layer.axes is None else layer.channels
+        self._add(self._new_slot(), channels, [index], step)
 
     # -- memory
 
@@ -546,6 +551,11 @@ def _room(chunk: Chunk, slot: int, channels: int, size: tuple[int, int]) -> Tens
             memory_format=torch.channels_last,
         )
     return chunk.values[slot]
+
+
+def channel_sums(maps: Tensor) -> Tensor:
+    """(N, C): the sum of each channel, in the type that sums are kept in: float16 holds no more than 65504."""
+    return maps.sum((2, 3), dtype=accumulator(maps.dtype))
 
 
 def _as_maps(value: Tensor, axes: tuple[int, int] | None) -> Tensor:

@@ -24,6 +24,7 @@ class Progress:
     """Counts what is done of ``total`` and says it on stderr, the time left included; used in a ``with`` block.
 
     show: False makes it silent and free. file: where to write; stderr as it is when the block begins, unless given.
+    skipped: so many were done before: they count, but no time was spent on them here.
     A block that an exception leaves keeps its last count on the screen.
     """
 
@@ -34,9 +35,11 @@ class Progress:
         show: bool = True,
         title: str = "",
         file: TextIO | None = None,
+        *,
+        skipped: int = 0,
     ) -> None:
         self.total, self.unit, self.show, self.title = total, unit, bool(show), title
-        self.done = 0
+        self.done = self.skipped = skipped
         self._file = file
         self._width = 0  # of the line on the terminal, so that a shorter one overwrites it
 
@@ -56,7 +59,8 @@ class Progress:
         if now - self._said < (ON_TERMINAL if self._terminal else IN_LOG):
             return
         self._said = now
-        left = (now - self._start) / self.done * (self.total - self.done) if self.done else None
+        new = self.done - self.skipped
+        left = (now - self._start) / new * (self.total - self.done) if new else None
         self._say("" if left is None else f", about {duration(left)} left")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

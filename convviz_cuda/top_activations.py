@@ -312,8 +312,7 @@ class _Run:
         self._load()
         parts, total = batches(self.dataset, self.batch_size, self.seen, self.preprocess)
         try:
-            with Progress(total or 0, "images", bool(self.progress), "activations") as bar:
-                bar.advance(self.seen)
+            with Progress(total or 0, "images", bool(self.progress), "activations", skipped=self.seen) as bar:
                 for images in parts:
                     self._step(images)
                     bar.advance(len(images))

@@ -44,6 +44,18 @@ def test_progress_in_a_log_is_seldom_and_says_where_it_stopped(monkeypatch):
     ]
 
 
+def test_what_an_earlier_call_did_took_no_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("convviz_cuda.progress.time.monotonic", lambda: now[0])
+    with Progress(1000, "windows", file=(log := io.StringIO()), skipped=900) as progress:
+        for _ in range(100):
+            now[0] += 2.0
+            progress.advance(1)
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "905/1000 windows, about 3 min 10 s left"
+    assert lines[-1] == "1000/1000 windows in 3 min 20 s"
+
+
 def test_progress_that_is_not_shown():
     log = io.StringIO()
     for total, show in ((10, False), (0, True)):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convviz_cuda
 from convviz_cuda import _sweep_engines as engines
+from convviz_cuda import _sweep_plan
+from convviz_cuda import sweep as sweep_module
+from convviz_cuda import window_ops as ops
+from convviz_cuda._draws import drawn_from
 from convviz_cuda._layers import Layer
-from convviz_cuda._sweep_plan import Geometry, costs, window_spans
+from convviz_cuda._sweep_plan import Costs, Geometry, costs, window_spans
 from convviz_cuda.fills import fill_values
 from convviz_cuda.models import zfnet_mini
 from convviz_cuda.network import capture, rows_agree
@@ -138,13 +144,16 @@ blocks = st.tuples(
     border=st.sampled_from(["clip", "inside"]),
     head=st.sampled_from(["mean", "flatten", "pool"]),
     seed=st.integers(0, 99),
+    kind=st.sampled_from([(torch.float64, 4), (torch.float32, 4), (torch.float32, 48)]),
 )
-def test_random_networks(specs, size, window, stride, border, head, seed):
+def test_random_networks(specs, size, window, stride, border, head, seed, kind):
+    """Rectangles wherever they are possible, whatever they cost; single precision with both of our convolutions."""
     torch.manual_seed(seed)
+    dtype, channels = kind
     window = tuple(min(w, s) for w, s in zip(window, size, strict=True))
     body = nn.Sequential(
-        nn.Conv2d(3, 4, 3, 1, 1),
-        *(Block(k, 4, n, s, 1 if k in ("max", "avg") else d) for k, n, s, d in specs),
+        nn.Conv2d(3, channels, 3, 1, 1),
+        *(Block(k, channels, n, s, 1 if k in ("max", "avg") else d) for k, n, s, d in specs),
     )
     for module in body.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -164,9 +173,16 @@ def test_random_networks(specs, size, window, stride, border, head, seed):
     }[head]
     features = shape[1] if head != "flatten" else shape[1:].numel()
     model = nn.Sequential(body, *tail, nn.Linear(features, 3)).double().eval()
-    sweep = occlusion_sweep(model, x, window, stride, border=border, fill="noise")
-    assert sweep.explain().startswith("Incremental")
-    close(sweep.scores(), brute_force(model, x, window, stride, fill_values(x, "noise"), border))
+    expected = brute_force(model, x, window, stride, fill_values(x, "noise"), border)
+    model, y = copy.deepcopy(model).to(dtype), x.to(dtype)
+    with (
+        mock.patch.object(engines, "costs", lambda _: Costs(1e9, 1e9, 0.0, 1 << 16)),
+        mock.patch.object(_sweep_plan, "FULL", 1.01),
+        mock.patch.object(_sweep_plan, "FULL_POINTWISE", 1.01),
+    ):
+        sweep = occlusion_sweep(model, y, window, stride, border=border, fill=fill_values(x, "noise"))
+        assert not sweep.explain().startswith("Brute force")
+        close(sweep.scores().double(), expected, 1e-10 if dtype == torch.float64 else 1e-4)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -203,6 +219,52 @@ def test_groups_cover_every_window_and_its_rectangle(size, window, stride, kerne
                 assert (starts <= low)[changed].all() and (starts + group.sizes[index][axis] >= high)[
                     changed
                 ].all()
+
+
+# -- what is said of it
+
+
+def test_explain_says_what_is_done_with_each_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5),
+    ).eval()  # fmt: skip
+    x = images(1, 3, 64, 64, torch.float32)
+    lines = occlusion_sweep(model, x, 8, 8).explain().splitlines()
+    assert lines[0].startswith("Incremental: ")
+    groups = [i for i, line in enumerate(lines) if line.startswith("group ")]
+    largest = max(groups, key=lambda i: lines[i + 2])
+    # By hand: pixels 8 to 15 reach the outputs 4 to 8 of the first convolution, 3 to 9 of the second.
+    assert lines[largest + 1 : largest + 5] == [
+        "  conv2d: convolution, 5 x 5 of 32 x 32",
+        "  conv2d_1: convolution, 7 x 7 of 32 x 32",
+        "  max_pool2d: max_pool, 4 x 4 of 16 x 16",
+        "  adaptive_avg_pool2d: mean, difference of the rectangle's sums",
+    ]
+    assert lines[-2].startswith("  flatten: general, whole (mixes positions), ")
+    assert lines[-1].startswith("  linear: linear, whole (mixes positions), ")
+    most = occlusion_sweep(model, x, 60, 4).explain().splitlines()
+    assert most[0].startswith("Captured layers, whole images: ")
+    assert any(
+        line.startswith("  conv2d: convolution, whole map (rectangles would be no faster)") for line in most
+    )
+
+
+def test_explain_says_why_maps_are_whole(monkeypatch):
+    monkeypatch.setattr(engines, "COVERED", 2.0)  # so that the groups go to the end
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 9, padding=4), nn.Conv2d(64, 64, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5),
+    ).eval()  # fmt: skip
+    lines = occlusion_sweep(model, images(1, 3, 32, 32, torch.float32), 20, 6).explain().splitlines()
+    assert [line.strip() for line in lines[3:7]] == [
+        "conv2d: convolution, 22 x 22 of 32 x 32",
+        "conv2d_1: convolution, 30 x 30 of 32 x 32",
+        "conv2d_2: convolution, whole map (the rectangle covers most of it)",
+        "adaptive_avg_pool2d: mean, whole map (mixes positions)",
+    ]
 
 
 # -- windows, fills, borders
@@ -401,6 +463,28 @@ def test_a_model_in_bfloat16():
     close(occlusion_sweep(model, x, 8, 8).scores().float(), brute_force(model, x, 8, 8).float(), 0.05)
 
 
+@pytest.mark.parametrize("incremental", [True, False])
+def test_sums_over_maps_that_float16_cannot_hold(incremental):
+    """The average is within its range, the sum of a rectangle is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()  # fmt: skip
+    x = images(1, 3, 96, 96, torch.float32).abs() * 40 + 20
+    with torch.no_grad():
+        model[0].weight.abs_()
+    truth = brute_force(model.double(), x.double(), 64, 32)
+    sums = brute_force(lambda y: model[:2](y).sum((2, 3)), x.double(), 64, 32)
+    assert sums.max() - sums.min() > 2 * torch.finfo(torch.float16).max
+    model = model.half()
+    sweep = occlusion_sweep(model, x.half(), 64, 32, incremental=incremental)
+    close(sweep.scores().double(), truth, 0.01)
+    close(sweep.activation_map("1", 2).double(), sums[..., 2], 0.01)
+    if incremental:
+        reduced = occlusion_sweep(model.float(), x, 64, 32, dtype=torch.float16)
+        assert reduced.error < 0.01
+
+
 # -- brute force where there is no other way
 
 
@@ -555,15 +639,48 @@ def test_memory_limit_too_small_is_said_before_anything_runs():
 
 
 @pytest.mark.parametrize("incremental", [True, False])
+def test_only_a_limit_that_was_given_is_an_error(monkeypatch, incremental):
+    model, x = small_net(), images(2)
+    monkeypatch.setitem(sweep_module.MEMORY, "cpu", 1000)
+    sweep = occlusion_sweep(model, x, 8, 8, incremental=incremental)
+    close(sweep.scores(), brute_force(model, x, 8, 8))
+    with pytest.raises(ValueError, match="memory_limit must be at least \\d+ bytes .* but it is 1000"):
+        occlusion_sweep(model, x, 8, 8, incremental=incremental, memory_limit=1000)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_memory_limit_of_whole_images(mixes):
+    """Windows of an image, or of all together where they depend on each other, fit; or else it is said."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    model = (lambda y: wide(y) - wide(y).mean(0, keepdim=True)) if mixes else wide
+    x = images(3, 3, 48, 48, torch.float32)
+    map_bytes = 64 * 48 * 48 * 4  # a forward holds two of them an image
+    expected = brute_force(model, x, 24, 12)
+    limits = [m * map_bytes for m in ((7.5,) if mixes else (2.5, 7.5, 12.5))]
+    for limit in limits:
+        sweep = occlusion_sweep(model, x, 24, 12, memory_limit=int(limit), incremental=False)
+        with Live() as live:
+            found = sweep.label_map()
+        assert torch.equal(found, expected.argmax(-1))
+        assert limit / 3 < live.peak <= limit
+    with pytest.raises(ValueError, match=r"memory_limit must be at least \d+ bytes for one window"):
+        occlusion_sweep(model, x, 24, 12, memory_limit=(5 if mixes else 1) * map_bytes, incremental=False)
+
+
+@pytest.mark.parametrize("incremental", [True, False])
 def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
     model, x = small_net(), images(4)
     expected = brute_force(model, x, 6, 2)
     sweep = occlusion_sweep(model, x, 6, 2, incremental=incremental, memory_limit=1 << 20)
     monkeypatch.setattr(engines, "PATIENCE", 0.0)
-    advanced = []
+    advanced, before = [], []
 
     def interrupt(self, count=1):
         advanced.append(count)
+        before.append(self.skipped)
         if sum(advanced) > 300 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
@@ -576,8 +693,46 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
     advanced.clear()
     close(sweep.scores(), expected)
     total = sweep.shape[0] * sweep.shape[1] * sweep.shape[2]
-    assert sum(advanced) == total  # what was done is counted at once, the rest is run
-    assert 0 < advanced[0] < done
+    assert total - done <= sum(advanced) < total  # what was done is not run again
+    assert before[0] == 0 and before[-1] + sum(advanced) == total
+
+
+def test_reductions_are_neither_kept_nor_piled_up():
+    sweep = occlusion_sweep(small_net(), images(1, 3, 40, 40), 8, 1, memory_limit=1 << 20)
+
+    def stopping(part):
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            sweep.reduce(lambda part: stopping(part))
+    assert len(sweep._passes) == 1
+    calls = []
+    for number in range(12):
+        column = sweep.reduce(lambda part, k=number: calls.append(k) or part[:, k % 5])
+        assert torch.equal(column, sweep.score_map(number % 5))
+    assert set(calls) == set(range(12))
+    for number in range(5):  # each of the size that is remembered
+        sweep.probability_map(number)
+    assert sum(each.nbytes for each in sweep._results.values()) <= 2 * sweep.memory_limit // 64
+    assert sweep._results and not any(callable(name) for name in sweep._results)
+
+
+def test_an_interrupted_pass_outlives_others():
+    sweep, x = occlusion_sweep(small_net(), images(1, 3, 40, 40), 8, 2, incremental=False), []
+
+    def first_part_only(part):
+        if x:
+            raise KeyboardInterrupt
+        x.append(len(part))
+        return part[:, :2]
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.reduce(first_part_only)
+    sweep.label_map()
+    done, x[:] = x[0], []
+    (state,) = sweep._passes.values()
+    assert int(state.left.sum()) == sweep.evaluated.numel() - done
 
 
 def test_progress_counts_windows(capsys):
@@ -642,11 +797,83 @@ def test_refine_evaluates_where_the_map_varies():
     assert sweep.label_map().shape == where.shape
 
 
+@pytest.mark.parametrize("limit", [None, 1 << 20])
+def test_refine_answers_the_same_each_time(limit):
+    """What was evaluated is interpolated, whether it comes out of a pass or out of remembered scores."""
+    x, model = images(2, 3, 40, 40), small_net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
+        model[-1].weight.mul_(50)
+        model[-1].bias.sub_(model(x).mean(0))
+    sweep = occlusion_sweep(model, x, 6, 1, refine=4, refine_tolerance=1, memory_limit=limit)
+    truth = brute_force(model, x, 6, 1)
+    labels, probabilities = sweep.label_map(), sweep.probability_map(0)
+    assert truth.argmax(-1).unique().numel() > 1
+    where = sweep.evaluated
+    assert torch.equal(labels[where], truth.argmax(-1)[where])
+    for _ in range(2):
+        sweep.scores()
+        assert torch.equal(sweep.label_map(), labels) and torch.equal(sweep.probability_map(0), probabilities)
+    inner = truth.softmax(-1)[..., 0]
+    middle = (inner[:, 0, 0] + inner[:, 0, 4] + inner[:, 4, 0] + inner[:, 4, 4]) / 4
+    close(probabilities[:, 2, 2], middle)  # of the probabilities, not that of interpolated scores
+
+
+def test_refine_looks_at_the_classes_that_are_asked_for():
+    class Corner(nn.Module):
+        """Class 1 depends on a small square, and is never the best one."""
+
+        def forward(self, y):
+            return torch.stack([100 + y.mean((1, 2, 3)), y[:, 0, 20:24, 20:24].sum((1, 2))], 1)
+
+    model, x = Corner().eval(), torch.ones(1, 3, 40, 40)
+    whole = occlusion_sweep(model, x, 4, 1).score_map(1)
+    unseen = occlusion_sweep(model, x, 4, 1, refine=3)
+    assert "every 3th window, and all where the map of the class of the clean image" in unseen.explain()
+    asked = occlusion_sweep(model, x, 4, 1, refine=3, targets=[1])
+    assert "of the classes [1] varies" in asked.explain()
+    assert unseen.evaluated.sum() < asked.evaluated.sum() < asked.evaluated.numel()
+    assert (unseen.score_map(1) - whole).abs().max() > 0.5 * 16
+    close(asked.score_map(1), whole)
+
+
 def test_refine_without_tolerance_is_the_whole_sweep():
     model, x = small_net(), images(2)
     sweep = occlusion_sweep(model, x, 5, 2, refine=3, refine_tolerance=0.0)
     assert sweep.evaluated.all()
     close(sweep.scores(), brute_force(model, x, 5, 2))
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_refine_evaluates_each_window_once(incremental):
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, 4, 1, refine=4, refine_tolerance=0.5, incremental=incremental)
+    evaluated = sweep.evaluated
+    coarse = torch.zeros_like(evaluated)
+    coarse[:, ::4, ::4] = True
+    assert coarse[:, -1, -1].all() and 0 < (evaluated & ~coarse).sum() < (~coarse).sum()
+    masks, parts = [], sweep._engine.parts
+    sweep._engine.parts = lambda layers, mask, bar: masks.append(mask) or parts(layers, mask, bar)
+    found, truth = sweep.scores(), brute_force(model, x, 4, 1)
+    assert len(masks) == 1 and torch.equal(masks[0], evaluated & ~coarse)
+    close(found[evaluated], truth[evaluated])
+    sums = brute_force(lambda y: model[:3](y).sum((2, 3)), x, 4, 1)[..., 1]
+    close(sweep.activation_map("2", 1)[evaluated], sums[evaluated])  # of the coarse grid too
+
+
+def test_refine_counts_the_images_of_a_function():
+    seen = []
+
+    def function(y):
+        seen.append(len(y))
+        return y.mean((2, 3))
+
+    sweep = occlusion_sweep(function, images(1, 3, 40, 40), 4, 1, refine=4, refine_tolerance=1.0)
+    assert sum(seen) < sweep.evaluated.sum() + 8  # the clean image, and a look at whether others disturb it
+    before = sum(seen)
+    sweep.scores()
+    assert sum(seen) == before + 1  # the clean image: whether the function still is the same
 
 
 # -- bad input
@@ -674,6 +901,15 @@ def test_refine_without_tolerance_is_the_whole_sweep():
         ({"dtype": torch.int8}, ValueError, "dtype"),
         ({"refine": 1}, ValueError, "refine must be at least 2"),
         ({"refine": 2, "refine_tolerance": 2.0}, ValueError, "refine_tolerance"),
+        (
+            {"refine": 2, "refine_tolerance": "a"},
+            TypeError,
+            "refine_tolerance must be a number, but it is 'a'",
+        ),
+        ({"seed": "a"}, ValueError, "seed must be an int .* but it is 'a'"),
+        ({"seed": 1.5, "fill": "noise"}, ValueError, "seed must be an int .* but it is 1.5"),
+        ({"seed": 2**60, "fill": "noise"}, ValueError, "seed must be an int"),
+        ({"targets": 1.0}, TypeError, "targets must be a list of classes, but it is 1.0"),
     ],
 )
 def test_bad_arguments(change, error, words):
@@ -710,6 +946,26 @@ def test_bad_models_images_and_targets():
 def test_no_images():
     sweep = occlusion_sweep(small_net(), images(0), 8, 8)
     assert sweep.scores().shape == (0, 3, 3, 5) and sweep.label_map().shape == (0, 3, 3)
+    assert "there are no images" in sweep.explain()
+    narrow = occlusion_sweep(small_net(), images(0), 8, 8, dtype=torch.bfloat16)
+    assert narrow.scores().dtype == torch.bfloat16 and narrow.scores().shape == (0, 3, 3, 5)
+    assert narrow.error == 0
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sum, lambda scores: scores[:1], lambda scores: float(scores[0, 0])]
+)
+def test_reductions_of_a_chunk_are_refused(function):
+    sweep = occlusion_sweep(small_net(), images(2), 8, 8)
+    with pytest.raises(ValueError, match=r"function must make \(n, ...\) of scores \(n, K\)"):
+        sweep.reduce(function)
+
+
+def test_the_dtype_of_an_attribution_and_pixels_between_windows():
+    x = images(1, dtype=torch.float32)
+    found = occlusion_sweep(lambda y: y.double().mean((2, 3)), x, 2, 8).attribution(0)
+    assert found.dtype == torch.float64
+    assert found[0, :2, :2].ne(0).all() and found[0, 2:8].eq(0).all()
 
 
 def test_rows_agree_scales_with_the_values():
@@ -836,7 +1092,7 @@ def test_chosen_classes_leave_feature_maps_alone():
 def test_chosen_classes_behind_a_softmax():
     model, x = nn.Sequential(small_net(), nn.Softmax(1)).eval(), images(2)
     sweep = occlusion_sweep(model, x, 8, 8, targets=[3, 1])
-    assert sweep.explain().startswith("Incremental")
+    assert not sweep.explain().startswith("Brute force")
     close(sweep.scores(), brute_force(model, x, 8, 8)[..., [3, 1]])
 
 
@@ -860,6 +1116,108 @@ def test_changes_of_settings_are_noticed():
     close(occlusion_sweep(model, x, 8, 8, fill=-2.0).scores(), brute_force(model, x, 8, 8, -2.0))
     model[0] = nn.LeakyReLU(0.3).eval()
     close(occlusion_sweep(model, x, 8, 8, fill=-2.0).scores(), brute_force(model, x, 8, 8, -2.0))
+
+
+class Settings(nn.Module):
+    """What a forward may depend on, besides parameters and plain attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bounds, self.low, self.net = {"low": [0.0]}, torch.tensor(0.0).double(), small_net()
+
+    def forward(self, x):
+        return self.net(torch.maximum(x, self.low).clamp(min=self.bounds["low"][0]))
+
+
+def test_changes_that_show_under_the_occluder_only():
+    """Neither in the scores of the clean image, all of whose pixels are above 1, nor as another version."""
+    x = images(1).abs() + 1
+
+    def lift(model):
+        model.bounds["low"][0] = 0.9
+
+    def write(model):
+        model.low.fill_(0.9)
+
+    def replace(model):
+        model.low = torch.tensor(0.9).double()
+
+    for change in (lift, write, replace):
+        model = Settings().eval()
+        occlusion_sweep(model, x, 8, 8).scores()
+        change(model)
+        close(occlusion_sweep(model, x, 8, 8).scores(), brute_force(model, x, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), small_net()[-3:]).double().eval()
+    model[2][2] = nn.Linear(2, 3).double().eval()
+    with torch.no_grad():
+        model[0].weight.fill_(-0.9)
+        model[0].bias.fill_(2.0)  # dead on the clean image
+    occlusion_sweep(model, x, 8, 8).scores()
+    model[0].bias.data.fill_(1.0)
+    close(occlusion_sweep(model, x, 8, 8).scores(), brute_force(model, x, 8, 8))
+
+
+OUTSIDE = [0.0]
+
+
+def test_changes_of_globals_are_seen_under_a_window():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return self.net(x.clamp(min=OUTSIDE[0]))
+
+    model, x = Reads().eval(), images(1).abs() + 1
+    try:
+        for dtype in (None, torch.bfloat16):
+            OUTSIDE[0] = 0.0
+            occlusion_sweep(model, x, 8, 8, dtype=dtype).scores()
+            OUTSIDE[0] = 0.9
+            found = occlusion_sweep(model, x, 8, 8, dtype=dtype).scores()
+            close(found.double(), brute_force(model, x, 8, 8), 1e-10 if dtype is None else 0.1)
+        OUTSIDE[0] = 1.5  # under a window over everything nothing of it shows, but on the clean image
+        close(occlusion_sweep(model, x, 24, 8, fill=5.0).clean, model(x))
+    finally:
+        OUTSIDE[0] = 0.0
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_changes_without_a_version_after_the_sweep_was_made(incremental):
+    for behind in (lambda net: net, lambda net: net.__call__, lambda net: lambda y: net(y)):
+        for change in (lambda p: p.data.add_(5.0), lambda p: p.requires_grad_(False).add_(5.0)):
+            net, x = small_net(), images(2)
+            sweep, twin = (occlusion_sweep(behind(net), x, 8, 8, incremental=incremental) for _ in range(2))
+            close(sweep.scores(), brute_force(net, x, 8, 8))
+            change(net[-1].bias)
+            with pytest.raises(RuntimeError, match="changed after the sweep"):
+                twin.scores()
+            sweep.score_map(0)  # out of the scores that are remembered
+
+
+def test_what_a_forward_leaves_aside_is_no_change(monkeypatch):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls, self.kept, self.shapes = small_net(), 0, None, []
+
+        def forward(self, x):
+            self.kept, self.calls, self.shapes = x * 1.0, self.calls + 1, [*self.shapes, x.shape[0]]
+            return self.net(x)
+
+    exports, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or export(*a, **k))
+    model, x = Aside().eval(), images(1)
+    for _ in range(3):
+        close(occlusion_sweep(model, x, 8, 8).scores(), brute_force(model, x, 8, 8))
+    assert len(exports) == 1
+
+
+def test_functions_that_are_random_in_their_own_way_are_served():
+    generator = torch.Generator().manual_seed(0)
+    sweep = occlusion_sweep(lambda y: average(y) + torch.rand(3, generator=generator), images(1), 8, 8)
+    assert sweep.scores().shape == (1, 3, 3, 3)
 
 
 def test_changes_after_the_sweep_was_made():
@@ -922,11 +1280,36 @@ def test_models_for_one_image_and_in_training_mode():
         return net(y)
 
     close(occlusion_sweep(single, x, 8, 8).scores(), brute_force(net, x, 8, 8))
-    ours, theirs = small_net().train(), small_net().train()
-    batch = images(2)
-    occlusion_sweep(ours, batch, 8, 8)
-    theirs(batch)
-    assert torch.equal(ours[1].running_mean, theirs[1].running_mean)
+    model, batch = nn.Sequential(small_net(), nn.Dropout(0.5)).train(), images(2)
+    before = [torch.get_rng_state(), *(b.clone() for b in model.buffers())]
+    with pytest.warns(UserWarning, match="BatchNorm2d.*random .Dropout.*all images together"):
+        sweep = occlusion_sweep(model, batch, 8, 8)
+    scores = sweep.scores()
+    assert all(map(torch.equal, before, [torch.get_rng_state(), *model.buffers()]))
+    assert all(module.training for module in model.modules())
+    # All images of a position in one forward, each with the same noise.
+    with drawn_from():
+        factors = model[1](torch.ones(2, 5, dtype=torch.float64))
+    model[1].eval()
+    close(scores, brute_force(model, batch, 8, 8) * factors[:, None, None])
+
+
+def test_random_functions_leave_the_random_state_alone():
+    net, x = small_net(), images(2)
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, y):
+            return self.net(y) + torch.randn(5) * 1e-3
+
+    before = torch.get_rng_state()
+    for model in (Noisy().eval(), lambda y: F.dropout(net(y))):
+        sweeps = [occlusion_sweep(model, x, 8, 8) for _ in range(2)]
+        assert torch.equal(sweeps[0].scores(), sweeps[1].scores())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Flat(nn.Module):
@@ -1021,6 +1404,67 @@ def test_threads_of_later_threads():
     assert set(seen) == {before} and torch.get_num_threads() == before
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_threads_that_begin_while_the_workers_do(three_threads, monkeypatch):
+    """They have all cores, and each worker one."""
+    seen, inside, alone = [], [], engines._alone
+
+    def look(barrier):
+        changed = alone(barrier)
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return changed
+
+    monkeypatch.setattr(engines, "_alone", look)
+    with engines._Workers(torch.device("cpu"), 2) as workers:
+        for _ in range(4):
+            workers.submit(lambda: inside.append(torch.get_num_threads()))
+        list(workers.done(wait_for_all=True))
+    assert seen == [3, 3] and inside == [1] * 4 and torch.get_num_threads() == 3
+
+
+def test_workers_without_openmp_put_the_number_of_threads_back(three_threads, monkeypatch):
+    monkeypatch.setattr(engines, "_thread_settings", lambda: [])
+    inside, after = [], []
+    with engines._Workers(torch.device("cpu"), 2) as workers:
+        for _ in range(4):
+            workers.submit(lambda: inside.append(torch.get_num_threads()))
+        list(workers.done(wait_for_all=True))
+    thread = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert inside == [1] * 4 and after == [3] and torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+@pytest.mark.parametrize("when", ["in the model", "in a reduction"])
+def test_an_interruption_leaves_no_threads_hooks_or_settings(three_threads, monkeypatch, incremental, when):
+    model, x = small_net(), images(2)
+    sweep = occlusion_sweep(model, x, 6, 2, incremental=incremental)
+    before = set(threading.enumerate())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if when == "in the model":
+            patch.setattr(ops, "occlude", stop)
+        sweep.maps(0, "2") if when == "in the model" else sweep.reduce(stop)
+    assert set(threading.enumerate()) == before
+    assert torch.get_num_threads() == 3 and torch.is_grad_enabled()
+    assert not any(m._forward_hooks or m.training for m in model.modules())
+    close(sweep.scores(), brute_force(model, x, 6, 2))
+    close(sweep.activation_map("2", 1), brute_force(lambda y: model[:3](y).sum((2, 3)), x, 6, 2)[..., 1])
+
+
 def test_a_module_that_returns_something_else():
     class Aside(nn.Module):
         def __init__(self):
@@ -1045,10 +1489,43 @@ def test_a_module_that_returns_something_else():
         model(x)
     sweep = occlusion_sweep(model, x, 8, 8)
     truth = brute_force(lambda y: model.block(y).sum((2, 3)), x, 8, 8)[..., 1]
-    with pytest.raises(ValueError, match="incremental=False serves"):
-        sweep.activation_map("block", 1)
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.activation_map("block", 1), truth)
     whole = occlusion_sweep(model, x, 8, 8, incremental=False)
     close(whole.activation_map("block", 1), truth)
+
+
+class Passing(nn.Module):
+    """An identity, a global average, a module whose output nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.same, self.pool = nn.Conv2d(3, 4, 3), nn.Identity(), nn.AdaptiveAvgPool2d(1)
+        self.unread, self.head = nn.Conv2d(4, 2, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.same(self.a(x))
+        self.unread(x)
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("layer", ["same", "pool", "unread"])
+def test_layers_that_the_captured_network_does_not_have(layer):
+    torch.manual_seed(0)
+    model, x = Passing().double().eval(), images(2)
+    parts = {
+        "same": lambda y: model.a(y),
+        "pool": lambda y: model.pool(model.a(y)),
+        "unread": lambda y: model.unread(model.a(y)),
+    }
+    truth = brute_force(lambda y: parts[layer](y).sum((2, 3)), x, 8, 6)
+    sweep = occlusion_sweep(model, x, 8, 6)
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.activation_map(layer, 1), truth[..., 1])
+    maps = sweep.maps(0, layer, [1, 0])
+    close(maps.activation, torch.stack([truth[0, ..., 1], truth[1, ..., 0]]))
+    close(maps.probability, brute_force(model, x, 8, 6).softmax(-1)[..., 0])
+    assert (sweep._whole is None) == (layer == "pool")
 
 
 def test_a_layer_that_does_not_run():
@@ -1091,6 +1568,29 @@ def test_sweeps_of_other_classes_share_the_prepared_layers():
     assert all(a is b for a, b in zip(first[:-1], second[:-1], strict=True)) and first[-1] is not second[-1]
 
 
+def test_prepared_weights_are_held_once():
+    """However many layers' maps were asked for: in Winograd's domain 16/9 of the weights."""
+    layers = [nn.Conv2d(3, 64, 3), *(each for _ in range(4) for each in (nn.ReLU(), nn.Conv2d(64, 64, 3)))]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x = images(1, dtype=torch.float32)
+    sweep = occlusion_sweep(model, x, 8, 8)
+    for layer in range(0, 9):
+        part = model[: layer + 1]
+        sums = brute_force(lambda y, part=part: part(y).sum((2, 3)), x, 8, 8)[..., 1]
+        close(sweep.activation_map(str(layer), 1), sums, 1e-4)
+    raw = capture(model, x)
+    held = {}
+    for network in raw.derived.values():
+        for layer in network.layers:
+            for tensor in (layer.weight, layer.bias, layer.packed, layer.tiles, layer.taps):
+                if tensor is not None:
+                    held[tensor.data_ptr()] = tensor.nbytes
+    own = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    weights = sum(own.values())
+    assert len(raw.derived) > 4
+    assert sum(size for place, size in held.items() if place not in own) < 2 * weights
+
+
 def test_reductions_are_not_mistaken_for_maps():
     def label(scores):
         return scores.argmin(1)
@@ -1117,7 +1617,7 @@ class Counter(nn.Module):
 def test_a_module_that_counts_its_calls():
     model, x = Counter().eval(), images(1)
     sweep = occlusion_sweep(model, x, 8, 8)
-    assert sweep.explain().startswith("Incremental")
+    assert not sweep.explain().startswith("Brute force")
     model(x)
     close(sweep.scores(), brute_force(model, x, 8, 8))
 

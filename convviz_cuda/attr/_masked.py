@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .._draws import drawn_from
+from .._peak_bytes import PeakBytes
 from ..checks import DTYPES
 from ..progress import Progress
 from ..window_ops import occlude
@@ -329,30 +327,3 @@ def memory_format(x: Tensor) -> torch.memory_format:
         if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
             return torch.channels_last_3d
     return torch.contiguous_format
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of tensors that operations inside the block held at once; not their inputs from before."""
-
-    def __init__(self, active: bool) -> None:
-        super().__init__()
-        self.active, self.bytes = active, 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __enter__(self) -> PeakBytes:
-        return super().__enter__() if self.active else self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.active:
-            super().__exit__(*exception)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self._live.setdefault(reference.cdata, (reference, storage.nbytes()))
-        self.bytes = max(self.bytes, sum(size for _, size in self._live.values()))
-        return result

@@ -124,7 +124,7 @@ class MaskedImages:
                 with PeakBytes(memory_limit is not None) as peak:
                     alone = [self._probe(0, 1, self.layout)]
             except Exception:
-                if batch_size is None:
+                if batch_size in (None, 1):
                     raise
                 return batch_size  # the function may bear no other; if it is broken, its error comes again
             if memory_limit is not None:

@@ -28,7 +28,8 @@ class Occlusion(Named):
     """Occlusion sensitivity (Zeiler & Fergus 2013, section 4.2), with Captum's signature, averaging and border rule.
 
     Images under a model in eval mode take the incremental engine of :mod:`convviz_cuda.sweep`, which recomputes only
-    what a window reaches; any other function is evaluated on masked inputs. Both give the same numbers.
+    what a window reaches; any other function is evaluated on masked inputs. Both give the same numbers. A model in
+    training mode runs as it is, as with Captum: its batch statistics and the random state go on with each forward.
 
     Args:
         forward_func: a model or any callable that returns scores: a tensor ``(N, ...)``, or one scalar or number for
