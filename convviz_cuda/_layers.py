@@ -103,6 +103,20 @@ class Layer:
             return 0
         return math.prod(self.shape) * self.weight[0].numel()
 
+    def workspace(self, size: tuple[int, int] | None = None) -> int:
+        """Values that the layer holds for one image while it runs, besides its input and result; ``size``: of a part
+        of its result. Library's convolutions unfold the input where oneDNN has none."""
+        if self.kind == "general":  # what it does is not known: a copy of the result
+            return math.prod(abs(n) for n in self.shape)
+        weight = self.weight
+        if self.kind != "convolution" or weight is None or self.is_ours or self.packed is not None:
+            return 0
+        onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        if weight.device.type != "cpu" or (onednn and weight.dtype != torch.float64) or self.is_linear:
+            return 0
+        pixels = math.prod(size or self.size)
+        return (weight[0].numel() + (weight.shape[0] if self.groups > 1 else 0)) * pixels
+
     def run(self, values: Sequence[Any], fresh: bool = False) -> Any:
         """The layer on whole maps; ``values`` are those of ``inputs``; ``fresh``: the first of them may be
         overwritten."""

@@ -434,7 +434,8 @@ class _Plan:
         left = limit - self.block * cache
         # Two chunks a worker are under way, each as its value at least.
         threads = torch.get_num_threads() if engine.images.device.type == "cpu" else 1
-        most = left // 2 // max(1, 2 * max(program.peak for _, program in built) * itemsize)
+        each = max(2 * max(program.peak for _, program in built), 2 * peaks[0])
+        most = left // 2 // max(1, each * itemsize)
         self.workers = max(1, min(threads, most))
         self.programs = []
         for group, program in built:

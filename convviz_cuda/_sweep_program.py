@@ -61,7 +61,8 @@ class Program:
         self._pending: dict[int, tuple[Tensor | None, float, float]] = {}
         self._slots = len(network.layers)
         self._counts: dict[int, int] = {}
-        self._made: list[tuple[int, int, list[int]]] = []  # (slot, values per variant, slots read)
+        # (slot, values per variant, slots read, values beside them while it runs)
+        self._made: list[tuple[int, int, list[int], int]] = []
         needed = self._needed(probes)
         self._sole = network.readers()
         self._probed = frozenset(probes)
@@ -98,10 +99,10 @@ class Program:
         starts = (self.group.row_starts, self.group.col_starts)[axis][index]
         return self._zeros(axis) if starts is None else starts
 
-    def _add(self, slot: int, count: int, reads: Sequence[int], step: Step) -> None:
+    def _add(self, slot: int, count: int, reads: Sequence[int], step: Step, workspace: int = 0) -> None:
         self._counts[slot] = count
         self.steps.append(step)
-        self._made.append((slot, count, list(reads)))
+        self._made.append((slot, count, list(reads), workspace))
 
     def _new_slot(self) -> int:
         self._slots += 1
@@ -267,7 +268,7 @@ class Program:
         def step(chunk: Chunk) -> None:
             chunk.values[index] = layer.run([chunk.values[slot] for slot in slots], fresh)
 
-        self._add(index, count, slots, step)
+        self._add(index, count, slots, step, layer.workspace(self.group.sizes[index]))
 
     def _may_overwrite(self, source: int, slot: int) -> bool:
         """Whether nobody else reads the value in a slot."""
@@ -320,7 +321,7 @@ class Program:
         def step(chunk: Chunk) -> None:
             chunk.values[index] = layer.convolve(chunk.values[slot], (0, 0), finish=not raw)
 
-        self._add(index, layer.shape[0] * math.prod(size), [slot], step)
+        self._add(index, layer.shape[0] * math.prod(size), [slot], step, layer.workspace(size))
 
     def _place(self, index: int, size: tuple[int, int]) -> tuple[int, int] | None:
         """The concatenation that alone reads a convolution, on the same rectangle, and its first channel there."""
@@ -503,7 +504,7 @@ class Program:
     def _finish(self) -> None:
         """Which slots each step may forget, and how much a variant needs at the worst moment."""
         last: dict[int, int] = {}
-        for position, (slot, _, reads) in enumerate(self._made):
+        for position, (slot, _, reads, _) in enumerate(self._made):
             last[slot] = position
             for read in reads:
                 last[read] = position
@@ -514,10 +515,10 @@ class Program:
                 self.drops[position].append(slot)
         live = peak = largest = 0
         held: dict[int, int] = {}
-        for position, (slot, count, _) in enumerate(self._made):
+        for position, (slot, count, _, workspace) in enumerate(self._made):
             live += count - held.get(slot, 0)  # a slot may be written in parts
             held[slot] = count
-            peak, largest = max(peak, live), max(largest, count)
+            peak, largest = max(peak, live + workspace), max(largest, count)
             for gone in self.drops[position]:
                 live -= held.pop(gone, 0)
         self.peak, self.largest = peak, largest

@@ -178,7 +178,7 @@ class Network:
         live = peak = size[source]
         for index, gone in enumerate(self._forgotten(source, end, ()), start=source + 1):
             live += size[index]
-            peak = max(peak, live)
+            peak = max(peak, live + self.layers[index].workspace())
             live -= sum(size[each] for each in gone)
         return peak
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import itertools
+import os
 import threading
 import weakref
 from unittest import mock
@@ -589,6 +592,14 @@ def test_nan_and_inf_stay_where_they_reach(layers):
 # -- memory, interruption, progress, threads
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
 class Live(TorchDispatchMode):
     """The most bytes that tensors made inside it held at once."""
 
@@ -631,6 +642,30 @@ def test_memory_limit_is_kept_and_changes_nothing():
         occlusion_sweep(model, x, 24, 12, memory_limit=limit)._engine.plan for limit in (6 << 20, 400 << 20)
     )
     assert small.block < large.block
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells resident memory")
+def test_memory_limit_counts_what_the_library_unfolds(three_threads):
+    """A double convolution unfolds its input: 25 values a pixel and channel here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(32, 32, 5, padding=2, groups=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    ).double().eval()  # fmt: skip
+    x, limit = images(1, 3, 64, 64), 100 << 20
+    sweep = occlusion_sweep(model, x, 32, 12, memory_limit=limit)
+
+    def resident(name):
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would not be counted
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")
+    before = resident("VmRSS")
+    sweep.scores()
+    assert resident("VmHWM") - before <= 1.2 * limit  # allocators keep a part
 
 
 def test_memory_limit_too_small_is_said_before_anything_runs():
@@ -1402,14 +1437,6 @@ def test_threads_of_later_threads():
 
     occlusion_sweep(small_net(), images(2), 4, 2).reduce(look)
     assert set(seen) == {before} and torch.get_num_threads() == before
-
-
-@pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield 3
-    torch.set_num_threads(before)
 
 
 def test_threads_that_begin_while_the_workers_do(three_threads, monkeypatch):
