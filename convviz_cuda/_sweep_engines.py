@@ -253,18 +253,17 @@ class Incremental:
 
 def _variants(images: int, group: Group, mask: Tensor | None, begin: int) -> Tensor:
     """(n, 3): image, and the group's own numbers of row and column."""
-    each = torch.cartesian_prod(
-        torch.arange(images), torch.arange(len(group.rows)), torch.arange(len(group.cols))
-    ).view(-1, 3)
-    if mask is None:
-        return each
-    place = _global(group, each, begin)
-    return each[mask[place[:, 0], place[:, 1], place[:, 2]]]
+    shape = images, len(group.rows), len(group.cols)
+    each = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), 1)
+    if mask is not None:
+        chosen = mask[begin : begin + images].cpu().numpy()[:, group.rows][:, :, group.cols]
+        each = each[chosen.ravel()]
+    return torch.from_numpy(each)
 
 
 def _global(group: Group, variants: Tensor, begin: int) -> Tensor:
-    rows, cols = torch.from_numpy(group.rows), torch.from_numpy(group.cols)
-    return torch.stack([variants[:, 0] + begin, rows[variants[:, 1]], cols[variants[:, 2]]], 1)
+    image, rows, cols = variants.numpy().T
+    return torch.from_numpy(np.stack([image + begin, group.rows[rows], group.cols[cols]], 1))
 
 
 class _Batch(NamedTuple):
