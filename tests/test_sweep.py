@@ -447,6 +447,34 @@ def test_reduced_precision_says_its_error(dtype):
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.fixture
+def tf32_flags():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [each.allow_tf32 for each in flags]
+    yield flags
+    for each, value in zip(flags, before, strict=True):
+        each.allow_tf32 = value
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("before", [(True, False), (False, True)])
+def test_tf32_is_what_was_asked_for_and_put_back(monkeypatch, tf32_flags, wanted, before):
+    matmul, cudnn = tf32_flags
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+    seen = []
+
+    def function(y):
+        seen.append((matmul.allow_tf32, cudnn.allow_tf32))
+        return y.mean((2, 3))
+
+    sweep = occlusion_sweep(function, images(1), 8, 8, tf32=wanted)
+    made = len(seen)
+    sweep.scores()
+    assert 0 < made < len(seen) and set(seen) == {(wanted, wanted)}
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+
+
 def test_a_dtype_that_a_layer_does_not_know():
     with pytest.raises(
         ValueError, match="dtype=torch.float16 .* cannot"
