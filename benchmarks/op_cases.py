@@ -36,6 +36,7 @@ class Case:
     name: str
     shape: tuple[int, ...]
     prepare: Callable[[Make, tuple[int, ...]], Sides]
+    only: str | None = None  # the dtype of the CPU that the op serves, where it serves one only
 
 
 def _size(*tensors: Tensor) -> int:
@@ -299,6 +300,23 @@ def winograd(results: int) -> Callable[[Make, tuple[int, ...]], Sides]:
     return prepare
 
 
+def direct(results: int, kernel: int, stride: int) -> Callable[[Make, tuple[int, ...]], Sides]:
+    """A convolution without padding, with its bias and ReLU; the weight is packed once, beforehand."""
+
+    def prepare(make: Make, shape: tuple[int, ...]) -> Sides:
+        x, bias = make(shape), make((results, 1, 1, 1)).flatten()
+        weight = make((results, shape[1], kernel, kernel)) / (kernel**2 * shape[1]) ** 0.5
+        packed = ops.direct_packed(weight)
+        moved = _size(x, packed) + ops.direct_conv2d(x, packed, bias, kernel, stride, results=results).nbytes
+        return Sides(
+            lambda: ops.direct_conv2d(x, packed, bias, kernel, stride, 0.0, results=results),
+            lambda: F.conv2d(x, weight, bias, stride).relu_(),
+            moved,
+        )
+
+    return prepare
+
+
 def masks(make: Make, shape: tuple[int, ...]) -> Sides:
     """RISE's masks of 7x7 cells; PyTorch upsamples them whole and crops each."""
     image = make((1, *shape[1:]))
@@ -329,6 +347,11 @@ RECTANGLES = ((16, 64, 40, 40), (16, 128, 28, 28), (16, 256, 16, 16), (16, 512, 
 TILED = (
     ((24, 16, 14, 14), 64), ((24, 48, 15, 13), 192), ((2, 64, 224, 224), 64), ((16, 128, 28, 28), 128),
     ((4, 256, 14, 14), 256), ((8, 512, 14, 14), 512), ((12, 512, 7, 7), 512),
+)  # fmt: skip
+DIRECT = (
+    ((10, 96, 12, 12), 16, 1, 1), ((10, 256, 12, 12), 32, 1, 1), ((10, 512, 8, 8), 64, 1, 1),
+    ((10, 64, 12, 12), 256, 1, 1), ((10, 512, 9, 9), 1000, 1, 1), ((10, 3, 45, 45), 96, 7, 2),
+    ((4, 64, 20, 20), 128, 3, 2), ((4, 256, 12, 12), 512, 3, 2),
 )  # fmt: skip
 SQUEEZE, VGG, VGG3 = (8, 96, 109, 109), (2, 64, 224, 224), (8, 256, 56, 56)
 CASES = (
@@ -367,6 +390,16 @@ CASES = (
             "winograd_conv2d bias ReLU", f"{'x'.join(map(str, shape))} to {results}", shape, winograd(results)
         )
         for shape, results in TILED
+    ),
+    *(
+        Case(
+            "direct_conv2d bias ReLU",
+            f"{'x'.join(map(str, shape))} to {results}, {kernel}x{kernel}/{stride}",
+            shape,
+            direct(results, kernel, stride),
+            "float32",
+        )
+        for shape, results, kernel, stride in DIRECT
     ),
 )
 

@@ -4,7 +4,8 @@
 
 * ``auto`` (default): C++/CUDA kernels where the extension has them, the PyTorch reference elsewhere;
 * ``reference``: the PyTorch reference everywhere, the extension is not loaded;
-* ``native``: a call that would fall back to the reference raises RuntimeError.
+* ``native``: an op that would fall back to the reference raises RuntimeError. Gradients of gradients are no ops: they
+  are PyTorch's own operations under every backend.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from . import window_ops as ops
+from ._evaluated import evaluated
 from ._sweep_plan import COVERS, Geometry, Group, costs
-from ._sweep_program import Program
+from ._sweep_program import Program, channel_sums
 from .network import Network, rows_agree
 from .progress import Progress
 
@@ -119,7 +120,8 @@ class Incremental:
         if layer not in self._sums:
             index = _layer_index(self.raw, layer)
             found = self.raw.layers[index]
-            if found.axes != (2, 3) or len(found.shape) != 3:
+            pooled = found.axes is None and found.shape[1:] == (1, 1)
+            if len(found.shape) != 3 or not (found.axes == (2, 3) or pooled):
                 raise ValueError(
                     f"The layer {layer!r} has no feature maps: its output is {('N', *found.shape)}."
                 )
@@ -127,15 +129,16 @@ class Incremental:
             place = network.layer_index(layer)
             with torch.no_grad():
                 values = [
-                    network.run(image, [place])[1][place].sum((2, 3))
+                    channel_sums(network.run(image, [place])[1][place])
                     for image in self.images.split(self.plan.block)
                 ]
             sums = torch.cat(values)
             recorder = _Recorder(self.model, (layer,))
             if not self.narrow:
-                with torch.no_grad(), recorder:
-                    self.model(self.images.clone())
-            if not self.narrow and not rows_agree(recorder.sums.get(layer, sums[:0]), sums):
+                with torch.no_grad(), recorder, evaluated(self.model) as run:
+                    run(self.images.clone())
+            seen = recorder.sums.get(layer, sums[:0])
+            if not self.narrow and not rows_agree(seen, sums, self.images.dtype):
                 raise ValueError(
                     f"What the module {layer!r} returns is not the last map that it computes; "
                     "incremental=False serves it."
@@ -161,7 +164,7 @@ class Incremental:
                     variants = _variants(len(images), group, mask, begin)
                     if len(variants) and bases is None:
                         bases = self._clean_maps(network, plan, images)
-                        sums = {index: bases[index].sum((2, 3)) for index in plan.probes}
+                        sums = {index: channel_sums(bases[index]) for index in plan.probes}
                         means = [bases[i] for i in plan.cached if network.layers[i].kind == "mean"]
                         finite = all(bool(v.isfinite().all()) for v in (*means, *sums.values()))
                     chunk = -(-len(variants) // max(1, -(-len(variants) // most)))
@@ -174,6 +177,13 @@ class Incremental:
                         since = time.monotonic() if late else since
                 self._collect(workers, waiting, bar, wait_for_all=True)
                 yield from self._advance(network, plan, waiting, workers, bar, flush=True)
+
+    def scores_of(self, mask: Tensor) -> Tensor:
+        """(n, K): the scores of a few windows; what is kept for the first pass stays."""
+        bases = self._bases
+        scores = [part.scores for part in self.parts((), mask, Progress(0, show=False))]
+        self._bases = bases
+        return torch.cat(scores)
 
     @staticmethod
     def _collect(workers: _Workers, waiting: list[list[_Batch]], bar: Progress, wait_for_all: bool) -> None:
@@ -491,11 +501,18 @@ class BruteForce:
     def channel_sums(self, layer: str) -> Tensor:
         if layer not in self._sums:
             with torch.no_grad(), _Recorder(self.model, (layer,)) as recorder:
-                self.model(self.images.clone())
+                self.sweep._forward(self.model, self.images.clone())
             if layer not in recorder.sums:
                 raise ValueError(f"The layer {layer!r} does not run.")
             self._sums[layer] = recorder.sums[layer]
         return self._sums[layer]
+
+    def clean_scores(self) -> Tensor:
+        """(B, K): the clean images' scores now, as many images in a forward as of the masked ones."""
+        parts = self.images.split(self.most if self.together else max(1, len(self.images)))
+        return torch.cat(
+            [self.sweep._select(self.sweep._forward(self.model, part.clone())) for part in parts]
+        )
 
     def parts(self, layers: tuple[str, ...], mask: Tensor | None, bar: Progress) -> Iterator[Part]:
         images, (rows, cols) = self.images, self.sweep.spans
@@ -551,7 +568,7 @@ class _Recorder:
     def _keep(self, name: str, out: Any) -> None:
         if not isinstance(out, Tensor) or out.dim() != 4:
             raise ValueError(f"The layer {name!r} has no feature maps.")
-        self.sums[name] = out.detach().sum((2, 3))
+        self.sums[name] = channel_sums(out.detach())
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:

@@ -15,6 +15,7 @@ from . import window_ops as ops
 from ._layers import UNBOUNDED, clamp_
 from ._sweep_plan import Geometry, Group
 from .network import Network
+from .window_reference import accumulator
 
 
 @dataclass
@@ -475,7 +476,8 @@ class Program:
             axes = layer.axes
 
             def step(chunk: Chunk) -> None:
-                chunk.probes[index] = _as_maps(chunk.values[index], axes).sum((2, 3))
+                value = chunk.values[index]
+                chunk.probes[index] = channel_sums(value if axes is None else _as_maps(value, axes))
         else:
             self.cached.add(index)
             rows, cols = (self._table(a, [self._starts(index, a)]) for a in (0, 1))
@@ -489,12 +491,13 @@ class Program:
                     whole = ops.gather_windows(
                         base, patch, chunk.variants, *origin, layer.size, 0.0, bias, low, high
                     )
-                    chunk.probes[index] = whole.sum((2, 3))
+                    chunk.probes[index] = channel_sums(whole)
                     return
                 delta = ops.sum_windows(base, patch, chunk.variants, rows, cols, bias, low, high)
                 chunk.probes[index] = chunk.sums[index].index_select(0, chunk.variants[:, 0]) + delta
 
-        self._add(self._new_slot(), layer.channels, [index], step)
+        channels = layer.shape[0] if layer.axes is None else layer.channels
+        self._add(self._new_slot(), channels, [index], step)
 
     # -- memory
 
@@ -549,6 +552,11 @@ def _room(chunk: Chunk, slot: int, channels: int, size: tuple[int, int]) -> Tens
             memory_format=torch.channels_last,
         )
     return chunk.values[slot]
+
+
+def channel_sums(maps: Tensor) -> Tensor:
+    """(N, C): the sum of each channel, in the type that sums are kept in: float16 holds no more than 65504."""
+    return maps.sum((2, 3), dtype=accumulator(maps.dtype))
 
 
 def _as_maps(value: Tensor, axes: tuple[int, int] | None) -> Tensor:

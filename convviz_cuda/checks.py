@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from .reference import RULES
 
 Pair = int | Sequence[int]
 
+# Of a window's positions, so that a switch holds each of them; and of strides and dilations, so that nothing overflows.
+MOST = 2**31 - 1
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,9 +76,22 @@ def pair(name: str, value: Pair, least: int) -> list[int]:
     return values
 
 
+def check_sizes(name: str, value: Sequence[int]) -> list[int]:
+    """Sizes or strides as a list of non-negative ints; TypeError or ValueError for anything else."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name} must be a sequence of ints, but it is {value!r}.")
+    if any(isinstance(v, bool) or not isinstance(v, torch.SymInt | numbers.Integral) for v in value):
+        raise TypeError(f"{name} must hold ints, but it is {value!r}.")
+    if any(v < 0 for v in value):
+        raise ValueError(f"{name} must hold no negative numbers, but it is {value!r}.")
+    return list(value)
+
+
 def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, but it is a {type(tensor).__name__}.")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, but its layout is {tensor.layout}.")
 
 
 def check_float(name: str, tensor: Tensor) -> None:
@@ -132,6 +148,11 @@ def pool_geometry(kernel_size: Pair, stride: Pair | None, padding: Pair, dilatio
     if any(p > k // 2 for k, p in zip(kernel, pads, strict=True)):
         raise ValueError(
             f"padding must be at most half of the kernel_size {kernel_size!r}, but it is {padding!r}."
+        )
+    if math.prod(kernel) > MOST or max(*steps, *gaps) > MOST:
+        raise ValueError(
+            "A window must have fewer than 2**31 positions, and stride and dilation must be below 2**31, but they are "
+            f"kernel_size={kernel_size!r}, stride={stride!r} and dilation={dilation!r}."
         )
     return kernel, steps, pads, gaps
 

@@ -78,15 +78,17 @@ class _Backward(NeuronAttribution):
     def __init__(self, model: nn.Module, layer: nn.Module, overlap: str, norm: str) -> None:
         super().__init__(model, layer)
         self.options = {"overlap": overlap, "norm": norm}
-        self._known_runs: dict[Any, int | None] = {}
+        self._runs_on_tiles: dict[Any, int] = {}
 
     def _context(self) -> backward_rule:
         return backward_rule(self.rule, **self.options)
 
-    def project(self, images: Tensor, choose: Any, at_once: int | None) -> tuple[Tensor, Any]:
+    def project(
+        self, images: Tensor, choose: Any, at_once: int | None, tiles: bool = False
+    ) -> tuple[Tensor, Any]:
         """The pixels (K, N, ...) of K signals at the layer, and what ``choose`` said of them.
 
-        choose: layer output -> (signals from one number to another, K, anything else).
+        choose: layer output -> (signals from one number to another, K, anything else). tiles: see :meth:`same_runs`.
         """
         said: list[Any] = []
 
@@ -95,27 +97,26 @@ class _Backward(NeuronAttribution):
             said[:] = rest
             return seeded_gradients(output, xs, seeds, count, at_once)
 
-        return self._attribute(images, None, differentiate, self._to_layer(False)), said
-
-    def _count_runs(self, xs: tuple[Tensor, ...], args: Any) -> int | None:
-        key = self._size(xs[0])
-        if key not in self._known_runs:
-            self._known_runs[key] = super()._count_runs(xs, args)
-        return self._known_runs[key]
+        last = self._runs_on_tiles.get(self._size(images)) if tiles else None
+        return self._attribute(images, None, differentiate, self._to_layer(False, last)), said
 
     def same_runs(self, tiles: Tensor, images: Tensor) -> None:
-        """Parts of images run the layer as often as whole ones; the layers above may fail on them."""
-        self._known_runs[self._size(tiles)] = self._count_runs((images,), None)
+        """Parts of images run the layer as often as whole ones, and end there: the layers above may fail on them."""
+        seen: list[Any] = []
+        with torch.no_grad():
+            self._run_to_layer((images[:1].detach().clone(),), None, False, None, seen)
+        self._runs_on_tiles[self._size(tiles)] = len(seen)
 
     @staticmethod
     def _size(x: Tensor) -> Any:
         return x.shape[1:], x.dtype
 
-    def activations(self, images: Tensor) -> Tensor:
+    def activations(self, images: Tensor, tiles: bool = False) -> Tensor:
         """The layer's output."""
+        last = self._runs_on_tiles.get(self._size(images)) if tiles else None
         with torch.no_grad(), self._context() as session:
             # In the layout that the projection takes, too: then both round alike.
-            return self._to_layer(False)(session, (images.detach().clone(),), None)
+            return self._to_layer(False, last)(session, (images.detach().clone(),), None)
 
 
 class DeconvNet:
@@ -250,7 +251,7 @@ class DeconvNet:
         tiles = tiling.cut(images, torch.zeros_like(positions[:, 0]), steps)
         self._backward.same_runs(tiles, images)
         try:
-            found = maps_of(self._backward.activations(tiles))
+            found = maps_of(self._backward.activations(tiles, tiles=True))
             rows, columns = (positions - steps).unbind(1)
             found = found[torch.arange(len(positions), device=images.device), :, rows, columns]
         except torch.OutOfMemoryError:
@@ -431,7 +432,7 @@ class DeconvNet:
             return lambda start, stop: chosen.seeds(output, self.seed, start, stop), 1, same
 
         try:
-            pixels, (same,) = self._backward.project(tiles, choose, 1)
+            pixels, (same,) = self._backward.project(tiles, choose, 1, tiles=True)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError):  # made for one size of image

@@ -14,7 +14,7 @@ operation passes P on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -224,12 +224,30 @@ def carries(x: Any) -> bool:
     return x.grad_fn.metadata[_CARRIES]
 
 
-def contrasted(node: Any) -> int:
-    """Lets the topmost linear layers below a node pass the difference to their negated weights; how many there are."""
+def contrasted(node: Any) -> list[Any]:
+    """Lets the topmost linear layers below a node pass the difference to their negated weights; these layers' nodes."""
     found = [each for each in _nodes_below(node, _is_weighted) if _is_weighted(each)]
     for each in found:
         each.contrast = True
-    return len(found)
+    return found
+
+
+def below(nodes: Iterable[Any]) -> set[Any]:
+    """All nodes that signals of some nodes' inputs meet."""
+    found: set[Any] = set()
+    for node in nodes:
+        for above, _ in node.next_functions:
+            if above is not None and above not in found:
+                found.update(_nodes_below(above, found.__contains__))
+    return found
+
+
+def spreads(node: Any) -> bool:
+    """Whether a signal of one position gets to others: in linear operations but 1x1 convolutions, and in pooling."""
+    if type(node) is Linear._backward_cls and node.weighted:
+        weight = node.saved_tensors[1]
+        return weight.dim() < 3 or weight.shape[2:].numel() > 1
+    return type(node) is Linear._backward_cls or "Pool" in node.name()
 
 
 def flips(x: Tensor, factors: Tensor | None) -> None:

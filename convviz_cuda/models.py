@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from .checks import check_int
 from .scenes import CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights" / "zfnet_mini.safetensors"
@@ -53,8 +54,7 @@ def zfnet(num_classes: int = 1000) -> nn.Sequential:
     alpha = 1e-4, beta = 0.75, where PyTorch divides alpha by n. They are meant for pixels of 0..255 less the
     mean.
     """
-    if num_classes < 1:
-        raise ValueError(f"A classifier needs at least one class, but num_classes is {num_classes}.")
+    check_int("num_classes", num_classes, 1)
 
     def norm() -> nn.LocalResponseNorm:
         return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)

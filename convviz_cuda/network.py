@@ -11,17 +11,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
+import logging
 import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._draws import drawn_from
 from ._export import Unsupported, parse
 from ._layers import WEIGHTS, Axis, Layer
 
@@ -357,18 +360,38 @@ def _fold(convolution: Layer, scale: Tensor, shift: Tensor) -> None:
 
 # -- capture
 
-_captured: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Network]] = weakref.WeakKeyDictionary()
+
+class _Known(NamedTuple):
+    """A model's last capture: its key, and the network or why there is none."""
+
+    state: Any
+    settings: dict[Any, Any]
+    passing: frozenset[Any]  # settings that a forward changes: a count of calls, a value that is kept aside
+    found: Network | str
+
+    def holds(self, key: tuple[Any, dict[Any, Any]]) -> bool:
+        state, settings = key
+        lasting = {name: value for name, value in settings.items() if name not in self.passing}
+        return state == self.state and lasting == self.settings
+
+
+_captured: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
-_PLAIN = (int, float, bool, str, type(None))
+_EXPORT_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils", "torch.export")
+_PLAIN = (int, float, bool, str, type(None), bytes, complex, torch.dtype, torch.device)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+SAMPLE = 1024  # values of a tensor that are looked at, to see whether it changed
 
 
 def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
     """The layers of a model on images like these ((N, C, H, W)): its function in evaluation mode, for any
     batch size.
 
-    The last capture of each model is remembered and used again while its parameters, buffers, modes and the
-    images' size, dtype and device stay what they were; ``again=True`` captures anew. The model and its
-    parameters are only read.
+    The last capture of each model is remembered, also that it failed, and used again while its parameters,
+    buffers, modes, settings and the images' size, dtype and device stay what they were; ``again=True`` captures
+    anew. The model and its parameters are only read. Not noticed is what changes otherwise than by operations on
+    tensors (through ``.data``, or by C++) and not in the 1024 values that are looked at of a large tensor, and what
+    is read from globals or from objects that are no list, dict or tensor.
 
     Raises:
         CannotCapture: with the reason, if the model is not a module in evaluation mode, has hooks, cannot be
@@ -384,20 +407,37 @@ def capture(model: nn.Module, images: Tensor, again: bool = False) -> Network:
             known = _captured.get(model)
         except TypeError:
             known = None
-        if known is not None and known[0] == key and not again:
-            return known[1]
-        network = _capture(model, images)
-        network.key = key
+        if known is not None and known.holds(key) and not again:
+            if isinstance(known.found, str):
+                raise CannotCapture(known.found)
+            return known.found
+        try:
+            found: Network | str = _capture(model, images)
+        except CannotCapture as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # there may be enough another time
+                raise
+            found = str(error)
+        state, settings = key
+        after = _key(model, images)[1]  # the model ran once
+        if isinstance(found, str) and known is not None and isinstance(known.found, str):
+            after = {**after, **known.settings}  # or did not run at all: what differs did not help last time
+        passing = frozenset(name for name in settings | after if settings.get(name) != after.get(name))
+        settings = {name: value for name, value in settings.items() if name not in passing}
         with contextlib.suppress(TypeError):  # a module without a weak reference is captured at every call
-            _captured[model] = (key, network)
-        return network
+            _captured[model] = _Known(state, settings, passing, found)
+        if isinstance(found, str):
+            raise CannotCapture(found)
+        found.key = key
+        return found
 
 
 def captured(model: nn.Module, images: Tensor) -> Network | None:
     """What :func:`capture` would give without capturing, or None."""
     try:
         known = _captured.get(model)
-        return known[1] if known is not None and known[0] == _key(model, images) else None
+        if known is None or isinstance(known.found, str) or not known.holds(_key(model, images)):
+            return None
+        return known.found
     except (TypeError, CannotCapture):
         return None
 
@@ -411,16 +451,21 @@ def is_current(network: Network, model: nn.Module, images: Tensor) -> bool:
 
 
 def geometry_key(model: nn.Module, images: Tensor) -> Any:
-    """What receptive fields stay right for: the images' size and the modules' settings, whatever the weights are.
+    """What receptive fields stay right for: the images' size and the modules' plain settings, whatever the weights are.
 
     Raises CannotCapture as :func:`capture` does.
     """
-    state, settings = _key(model, images)
+    state, settings = _key(model, images, geometry=True)
     return state[:3], settings
 
 
-def _key(model: nn.Module, images: Tensor) -> Any:
-    settings: list[Any] = []
+def _key(model: nn.Module, images: Tensor, geometry: bool = False) -> tuple[Any, dict[Any, Any]]:
+    """What the model's function depends on: its tensors, and the settings of its modules, each by itself.
+
+    Of a tensor it is the object, its version, and up to SAMPLE of its values: what is written through ``.data`` has no
+    version. Lists and dicts are looked into, other objects are not, nor are globals.  geometry: see `geometry_key`.
+    """
+    settings: dict[Any, Any] = {}
     for name, module in model.named_modules():
         if module.training:
             raise CannotCapture(f"The module {name or type(model).__name__!r} is in training mode.")
@@ -430,43 +475,130 @@ def _key(model: nn.Module, images: Tensor) -> Any:
         if isinstance(module, torch.jit.ScriptModule):
             raise CannotCapture(f"The module {name or type(model).__name__!r} is scripted.")
         # Plain attributes hold a module's settings: strides, slopes, bounds.
-        settings.append((id(module), *(v for v in vars(module).values() if _is_plain(v))))
+        settings[id(module), None] = name
+        for attribute, value in vars(module).items():
+            if attribute not in _OF_EVERY_MODULE:
+                settings[id(module), attribute] = _setting(value, geometry)
     tensors = [*model.parameters(), *model.buffers()]
     try:
         state = tuple((id(t), t._version, t.data_ptr()) for t in tensors)
     except RuntimeError as error:
         raise CannotCapture(f"The parameters of the model cannot be followed: {error}") from None
-    return (tuple(images.shape[1:]), images.dtype, images.device, state), tuple(settings)
+    values = None if geometry else sampled(tensors)
+    return (tuple(images.shape[1:]), images.dtype, images.device, state, values), settings
 
 
-def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+def settings_of(model: nn.Module) -> tuple[Any, ...]:
+    """The settings of a model's modules: plain attributes, and those in their lists and dicts."""
+    return tuple(
+        (id(module), *(_setting(v, True) for name, v in vars(module).items() if name not in _OF_EVERY_MODULE))
+        for module in model.modules()
+    )
+
+
+def _setting(value: Any, geometry: bool, depth: int = 4) -> Any:
+    """A setting as a value of its own; of what is not plain its identity, or, for ``geometry``, nothing."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if depth and kind in (tuple, list, torch.Size, set, frozenset) and len(value) <= SAMPLE:
+        return kind, tuple(_setting(each, geometry, depth - 1) for each in value)
+    if depth and isinstance(value, dict) and len(value) <= SAMPLE:
+        return kind, tuple((k, _setting(each, geometry, depth - 1)) for k, each in value.items())
+    if geometry:
+        return None
+    if isinstance(value, Tensor):
+        version = None if value.is_inference() else value._version
+        return id(value), version, tuple(value.shape), sampled([value])
+    return id(value)
+
+
+@torch.no_grad()
+def sampled(tensors: Iterable[Tensor]) -> int:
+    """A number that changes with the tensors' values: with any of small ones, with some of those over SAMPLE."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
+            # In the order of the memory, so that nothing is copied.
+            span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            every = -(-span // SAMPLE)
+            with contextlib.suppress(RuntimeError, TypeError):  # kinds of tensors without memory of their own
+                values = tensor.as_strided((-(-span // every),), (every,))
+                groups.setdefault((values.dtype, values.device), []).append(values)
+    found = []
+    for each in groups.values():
+        with contextlib.suppress(RuntimeError):  # dtypes that few operations know
+            found.append(torch.cat(each).view(torch.uint8).cpu().numpy().tobytes())
+    return hash(tuple(found))
 
 
 def _capture(model: nn.Module, images: Tensor) -> Network:
     example = torch.zeros(2, *images.shape[1:], dtype=images.dtype, device=images.device)
     twin = twin_of(model)
+    stopped = _say_less(twin) if twin is not model else []
+    drawn = drawn_from()  # what a model draws leaves PyTorch's random state alone
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     try:
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(), _no_log():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 twin, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
-            network = Network(*parse(program, twin))
+            with drawn:
+                network = Network(*parse(program, twin))
     except (KeyboardInterrupt, MemoryError, CannotCapture):
         raise
     except Unsupported as error:
         raise CannotCapture(str(error)) from None
     except Exception as error:  # torch.export raises whatever the traced code and the tracer raise
+        error = stopped[-1] if stopped else error
         reason = str(error).strip().splitlines()
         raise CannotCapture(
             f"torch.export cannot capture the model: {type(error).__name__}: {reason[0] if reason else ''}"
         ) from None
     finally:
         assert modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    _check(network, model, example)
+    with drawn:
+        _check(network, model, example)
     return network
+
+
+def _say_less(twin: nn.Module) -> list[Exception]:
+    """Where the export prints the whole graph because of an exception of the twin's forward, it meets another one; the
+    list gets the true one."""
+    stopped: list[Exception] = []
+    forward = twin.forward
+
+    @functools.wraps(forward)
+    def without_details(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "data-dependent" not in str(error).lower():
+                raise
+            stopped.append(error)
+        raise ValueError("The model's control flow depends on data.")
+
+    twin.forward = without_details  # type: ignore[method-assign]
+    return stopped
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    """The export's warnings of what it cannot follow, in this thread, are not logged: the caller gets the reason."""
+    thread = threading.get_ident()
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = [logging.getLogger(name) for name in _EXPORT_LOGGERS]
+    for logger in loggers:
+        logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(elsewhere)
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -498,15 +630,15 @@ def _check(network: Network, model: nn.Module, example: Tensor) -> None:
         raise CannotCapture("The captured layers do not give the model's own output for noise.")
 
 
-def rows_agree(a: Tensor, b: Tensor) -> bool:
+def rows_agree(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether two results of the same function agree as far as rounding allows (NaN where the other has
-    NaN)."""
+    NaN); ``dtype``: the one that they were computed in, if it is another than theirs."""
     if a.shape != b.shape:
         return False
     if a.numel() == 0 or not a.is_floating_point():
         return torch.equal(a, b)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 6e-2}.get(
-        a.dtype, 1e-4
+        dtype or a.dtype, 1e-4
     )
     wide_a, wide_b = a.double(), b.double()
     finite = wide_a[torch.isfinite(wide_a)]

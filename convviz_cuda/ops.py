@@ -26,6 +26,7 @@ from .checks import (
     check_batch,
     check_float,
     check_images,
+    check_sizes,
     check_tensor,
     dense,
     gapless,
@@ -276,7 +277,7 @@ def relu_backward(
     check_float("grad", grad)
     code = rule_code(rule)
     check_tensor("mask", mask)
-    size, stride = list(size), list(stride)
+    size, stride = check_sizes("size", size), check_sizes("stride", stride)
     if len(size) != len(stride):
         raise ValueError(f"size and stride must have the same length, but they are {size} and {stride}.")
     if grad.dim() != len(size) or list(grad.shape[1:]) != size[1:]:
@@ -429,7 +430,8 @@ def switch_unpool2d(
 
     Args:
         grad: signal at the pooled map, ``(K * N, C, OH, OW)``, any strides; K > 1 when K signals share one forward.
-        switches: ``(N, C, OH, OW)`` from :func:`relu_max_pool2d`.
+        switches: ``(N, C, OH, OW)`` from :func:`relu_max_pool2d`. They are not checked: the signal of a window whose
+            switch points behind the window or out of the map is dropped.
         size: ``(H, W)`` of the pooling's input.
         kernel_size, stride, padding, dilation: of the pooling.
         rule: as in :func:`relu_backward`; "identity" for a pooling without a ReLU in front.

@@ -77,10 +77,12 @@ def unpack_bits(mask: Tensor, count: int) -> Tensor:
 
 
 def relu(x: Tensor, lower: float, upper: float | None) -> tuple[Tensor, Tensor]:
-    shut = x <= lower
+    # Compared in float32, or float64, with the bound as it is; a 16-bit output takes the bound rounded. As in PyTorch.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    shut = wide <= lower
     out = torch.where(shut, torch.full((), lower, dtype=x.dtype, device=x.device), x)
     if upper is not None:
-        capped = x >= upper
+        capped = wide >= upper
         shut = shut | capped
         out = torch.where(capped, torch.full((), upper, dtype=x.dtype, device=x.device), out)
     order = memory_order(x.shape, x.stride())

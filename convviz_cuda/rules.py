@@ -14,12 +14,15 @@ batch_norm (eval)  its input                          one scale a channel
 avg_pool2d         its input                          a shape
 =================  =================================  ============================================
 
-Parameters count as constants, whatever their ``requires_grad``.
+Parameters of these layers, of linear ones, of other norms, PReLU, embeddings and ``nn.Bilinear`` count as constants,
+whatever their ``requires_grad``. Those that a model reads otherwise (in attention, in recurrent layers, in code of its
+own) do not: ``Tensor.backward`` gives them a ``.grad``, as it does without the context.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import warnings
 import weakref
@@ -30,16 +33,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointError
 
-from . import checks, excitation, nodes
+from . import _reach, checks, excitation, nodes
 from .reference import RULES
 
 BACKWARD_RULES = ("gradient", "deconvnet", "guided")
 EXCITATION = "excitation"  # no rule of ReLUs: its forward records other nodes
 OVERLAPS = ("sum", "overwrite")
 NORMS = ("identity", "gradient")
-_HERE = threading.local()  # .rule: the innermost context of a thread
 _TLS_KEY = "convviz_cuda.backward_rule"
+
+
+class _Here(threading.local):
+    """The innermost context of a thread; for each that it is in, the one outside and what had been seen before."""
+
+    def __init__(self) -> None:
+        self.rule: backward_rule | None = None
+        self.entered: list[tuple[backward_rule | None, int, int]] = []
+
+
+_HERE = _Here()
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
@@ -62,9 +77,11 @@ class backward_rule(TorchFunctionMode):
             probability that every layer shares out among what excites it, see
             :class:`convviz_cuda.attr.ExcitationBackprop`.
         overlap: what a value gets that is the maximum of several pooling windows: the "sum" of their signals, which is
-            max pooling's gradient, or "overwrite", the largest of them. The papers do not say.
-        norm: what local response normalisation does to the signal: "identity" (as in Zeiler & Fergus 2013) or
+            max pooling's gradient, or "overwrite", the largest of them. The papers do not say. Acts on ``max_pool2d``;
+            of other poolings (adaptive, fractional, 3-D) it is always the sum.
+        norm: what ``F.local_response_norm`` does to the signal: "identity" (as in Zeiler & Fergus 2013) or
             "gradient"; None: the identity under the deconvnet and excitation rules and the gradient under the others.
+            ``nn.CrossMapLRN2d``, which does not call it, passes its gradient.
 
     The rule is read when the backward runs: assign :attr:`rule` between two backward passes and one forward
     serves several rules. A backward inside another ``backward_rule`` follows the innermost one; a backward after
@@ -75,9 +92,11 @@ class backward_rule(TorchFunctionMode):
     Under "gradient" the result equals PyTorch's and can be differentiated again; under the other rules a second
     differentiation raises RuntimeError. Layers without a rule pass their ordinary gradient. What a checkpoint
     (``torch.utils.checkpoint``) computes again in the backward is not seen: switch checkpoints off. Warns (UserWarning)
-    about training-mode batch norm and dropout, and about a forward in which no ReLU was seen, as in scripted
-    or traced modules and where ``clamp`` stands for a ReLU; under "excitation", when a signal meets an operation that
-    has no rule there and passes its ordinary gradient.
+    about training-mode batch norm and dropout; about a forward in which no ReLU was seen; and, at a backward inside the
+    context, about what its settings do not act on there: ReLUs of scripted and traced modules, of checkpoints, of other
+    threads or recorded outside, ``clamp(min=0)`` and ``F.threshold(x, 0, ...)`` in a ReLU's place, other poolings and
+    norms. Under "excitation" it warns when a signal meets an operation that has no rule there and passes its ordinary
+    gradient.
 
     Raises ValueError for an unknown rule, overlap or norm, and under "excitation" for the overlap "overwrite" and the
     norm "gradient", which keep no sums.
@@ -99,7 +118,6 @@ class backward_rule(TorchFunctionMode):
             from . import excitation_rules  # which imports this module
 
             self._handlers = excitation_rules.HANDLERS
-        self._outer: list[Any] = []
         self.rectifiers = 0
         self.layers = 0
         self.expects_rectifier = True
@@ -121,15 +139,17 @@ class backward_rule(TorchFunctionMode):
         self._rule = rule
 
     def __enter__(self) -> backward_rule:
-        self._outer.append(_innermost())
+        _HERE.entered.append((_innermost(), self.rectifiers, self.layers))
+        self.warned = False
         _enter(self)
         return super().__enter__()
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         super().__exit__(kind, value, trace)
-        _enter(self._outer.pop())
-        silent = self._rule in ("gradient", EXCITATION) or not self.expects_rectifier
-        if kind is None and self.layers and not self.rectifiers and not silent:
+        outer, rectifiers, layers = _HERE.entered.pop()
+        _enter(outer)
+        silent = self._rule in ("gradient", EXCITATION) or not self.expects_rectifier or self.warned
+        if kind is None and self.layers > layers and self.rectifiers == rectifiers and not silent:
             _warn(
                 f"No ReLU was seen in this forward, so the rule {self._rule!r} gives the plain gradient. Scripted, "
                 "traced or compiled modules cannot be looked into, and clamp(min=0) or F.threshold is no ReLU here."
@@ -163,6 +183,8 @@ class backward_rule(TorchFunctionMode):
             _collect(kwargs.values(), tensors)
         read = [node for node in map(_relu_node, tensors) if node is not None]
         handler = self._handlers.get(func)
+        if handler not in (None, _backward) and not _PLAIN.issuperset(types):
+            handler = functools.partial(_without_subclasses, handler)
         out = func(*args, **kwargs) if handler is None else handler(self, func, *args, **kwargs)
         if read:
             results: list[Tensor] = []
@@ -201,9 +223,8 @@ def _enter(rule: backward_rule | None) -> None:
 
 
 def _innermost() -> backward_rule | None:
-    here = getattr(_HERE, "rule", None)
-    if here is not None:
-        return here
+    if _HERE.rule is not None:
+        return _HERE.rule
     return torch._C._get_obj_in_tls(_TLS_KEY) if torch._C._is_key_in_tls(_TLS_KEY) else None
 
 
@@ -223,6 +244,27 @@ def _collect(values: Iterable[Any], tensors: list[Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- handlers
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+def _without_subclasses(handler, session, func, *args, **kwargs):
+    """A handler for subclasses of Tensor, of which a node's output would be a view that nothing may change in place."""
+    given: dict[int, Tensor] = {}
+
+    def plain(x: Tensor) -> Tensor:
+        if (
+            type(x) in _PLAIN or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        ):  # no data of its own
+            return x
+        alias = x.as_subclass(Tensor)
+        given[id(alias)] = x
+        return alias
+
+    args, kwargs = tree_map_only(Tensor, plain, (args, kwargs))
+    out = handler(session, func, *args, **kwargs)
+    return given.get(id(out), out)  # in place
+
 
 _RELU_NODE = nodes.ReLU._backward_cls
 
@@ -309,11 +351,18 @@ def _max_pool2d(
     ceil_mode=False,
     return_indices=False,
 ):
-    if return_indices or not _recorded(input) or input.dim() not in (3, 4):
+    if not _recorded(input) or input.dim() not in (3, 4):
         extra = {"return_indices": True} if return_indices else {}
         return func(input, kernel_size, stride or kernel_size, padding, dilation, ceil_mode, **extra)
+    if return_indices:
+        indices = F.max_pool2d(input.detach(), kernel_size, stride, padding, dilation, ceil_mode, True)[1]
+        return _max_pool2d(
+            session, F.max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode
+        ), indices
     if input.dim() == 3:
         return _max_pool2d(session, func, input[None], kernel_size, stride, padding, dilation, ceil_mode)[0]
+    if math.prod(_pair(kernel_size)) > checks.MOST:  # no switch holds that many positions
+        return func(input, kernel_size, stride or kernel_size, padding, dilation, ceil_mode)
     node = _relu_node(input)
     # Who changed the ReLU's output since (under no_grad, say) has left values there that no ReLU gave.
     node = node if node is not None and node.plain and node.version == input._version else None
@@ -321,6 +370,10 @@ def _max_pool2d(
     if min(checks.pooled_shape(input.shape, *geometry, ceil_mode)[2:]) < 1:
         return func(input, kernel_size, stride, padding, dilation, ceil_mode)  # raises PyTorch's own error
     return nodes.MaxPool2d.apply(input, geometry, ceil_mode, node, session)
+
+
+def _max_pool2d_with_indices(session, func, *args, **kwargs):
+    return _max_pool2d(session, F.max_pool2d, *args, **{**kwargs, "return_indices": True})
 
 
 def _pair(value: Any) -> list[int]:
@@ -353,6 +406,13 @@ def _affine(session, func, input, weight, bias=None, *args, **kwargs):
     return func(input, weight, bias, *args, **kwargs)
 
 
+def _with_constants(session, func, input, *args, **kwargs):
+    """A layer whose parameters come behind its input."""
+    args = [p.detach() if isinstance(p, nn.Parameter) else p for p in args]
+    kwargs = {name: p.detach() if isinstance(p, nn.Parameter) else p for name, p in kwargs.items()}
+    return func(input, *args, **kwargs)
+
+
 def _batch_norm(
     session,
     func,
@@ -367,7 +427,12 @@ def _batch_norm(
 ):
     constants = _constants(weight, bias)
     weight, bias = constants or (weight, bias)
-    if training or running_mean is None or running_var is None:
+    if running_mean is None or running_var is None:
+        _warn(
+            "Batch norm without running statistics (track_running_stats=False) takes those of the batch: its images "
+            "change each other's attributions."
+        )
+    elif training:
         _warn(
             "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
             "statistics change. Call model.eval() first."
@@ -393,7 +458,7 @@ def _avg_pool2d(session, func, input, kernel_size, stride=None, padding=0, ceil_
 
 
 def _adaptive_avg_pool2d(session, func, input, output_size):
-    if not _recorded(input) or input.dim() != 4:
+    if not _recorded(input) or input.dim() != 4 or len(_pair_or_none(output_size)) != 2:
         return func(input, output_size)
     wanted = zip(_pair_or_none(output_size), input.shape[2:], strict=True)
     size = [own if given is None else given for given, own in wanted]
@@ -404,6 +469,33 @@ def _adaptive_avg_pool2d(session, func, input, output_size):
 
 def _pair_or_none(value: Any) -> list[int | None]:
     return list(value) if isinstance(value, tuple | list) else [value, value]
+
+
+def _backward(session, func, outputs, *args, **kwargs):
+    """A backward pass of the caller's: looks at once for what the rule cannot act on."""
+    if session._now() is not session:
+        return func(outputs, *args, **kwargs)
+    ends = outputs if isinstance(outputs, tuple | list) else [outputs]
+    rule = session.rule
+    if rule != "gradient" and ends and all(isinstance(end, Tensor) and not end.requires_grad for end in ends):
+        raise RuntimeError(
+            f"The outputs do not require a gradient. If they are gradients themselves, taken under the rule {rule!r}: "
+            "double backward is not defined there, and what is linear but for ReLUs and poolings has constant ones."
+        )
+    if not session.warned:
+        inputs = kwargs.get("inputs", args[0] if args and func is torch.autograd.grad else None)
+        inputs = inputs if isinstance(inputs, tuple | list) else [inputs]
+        found = _reach.out_of_reach(ends, inputs, rule, session.overwrites_now(), session.skips_norm_now())
+        if found is not None:
+            session.warned = True
+            _warn(found)
+    try:
+        return func(outputs, *args, **kwargs)
+    except CheckpointError as error:
+        raise RuntimeError(
+            "What a checkpoint computes again in the backward is out of the context's sight: call the model without "
+            "torch.utils.checkpoint."
+        ) from error
 
 
 def _as_strided(session, func, *args, **kwargs):
@@ -431,6 +523,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.hardtanh_: _hardtanh_inplace,
     F.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
+    F.max_pool2d_with_indices: _max_pool2d_with_indices,
+    torch._C._nn.max_pool2d_with_indices: _max_pool2d_with_indices,
     F.conv2d: _conv2d,
     F.linear: _affine,
     F.conv1d: _affine,
@@ -439,6 +533,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.conv_transpose2d: _affine,
     F.conv_transpose3d: _affine,
     F.batch_norm: _batch_norm,
+    F.group_norm: _with_constants,
+    F.instance_norm: _with_constants,
+    F.layer_norm: _with_constants,
+    F.rms_norm: _with_constants,
+    F.prelu: _with_constants,
+    Tensor.prelu: _with_constants,
+    F.embedding: _with_constants,
+    F.bilinear: _with_constants,
     F.dropout: _dropout,
     F.dropout1d: _dropout,
     F.dropout2d: _dropout,
@@ -448,6 +550,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     F.local_response_norm: _local_response_norm,
+    torch.autograd.grad: _backward,
+    torch.autograd.backward: _backward,
+    Tensor.backward: _backward,
     torch.as_strided: _as_strided,
     Tensor.as_strided: _as_strided,
     # What the graphs of torch.export call:
@@ -458,6 +563,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.hardtanh.default: _hardtanh,
     _aten.hardtanh_.default: _hardtanh_inplace,
     _aten.max_pool2d.default: _max_pool2d,
+    _aten.max_pool2d_with_indices.default: _max_pool2d_with_indices,
     _aten.conv2d.default: _conv2d,
     _aten.linear.default: _affine,
 }

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from . import window_ops as ops
+from ._evaluated import evaluated, modules_behind, warn_of_training
 from ._peak_bytes import PeakBytes
 from ._sweep_engines import BruteForce, Incremental, Part, check_limit
 from ._sweep_plan import window_spans
 from .checks import check_images, check_int, check_real
 from .fills import Fill, fill_values
-from .network import CannotCapture, Network, capture, is_current, rows_agree
+from .network import CannotCapture, Network, capture, is_current, rows_agree, sampled
 from .progress import Progress
 
 MEMORY = {"cpu": 1 << 30, "cuda": 4 << 30}
@@ -67,10 +68,17 @@ def occlusion_sweep(
     The windows run when the result's first map or score is asked for, in chunks; what the result was asked for
     before is remembered, and an interrupted pass goes on where it stopped.
 
+    A model that is changed in between is refused with a RuntimeError, as far as that shows: by its parameters'
+    versions, by some of their values (writes through ``.data`` have no version; of a parameter of more than 1024
+    values only so many are looked at), and by the clean scores of what runs on masked images.
+
     Args:
         model: images (N, C, H, W) -> scores (N, K) or (N,), each image's scores independent of the others'.
             A module in evaluation mode is captured and swept incrementally (see
-            :meth:`OcclusionSweep.explain`); any other callable runs on masked images.
+            :meth:`OcclusionSweep.explain`); any other callable runs on masked images. In training mode, of
+            which a UserWarning tells, it runs as it is, on one position of all images at a time; its buffers
+            (also behind a partial or a method) and PyTorch's random state are put back, and random layers
+            draw the same numbers in each forward.
         images: (B, C, H, W), floating point, on the model's device.
         window: the occluder's side or (height, width) in pixels; a *list* of these gives a list of sweeps.
         stride: between windows in pixels, an int or (vertical, horizontal).
@@ -87,7 +95,9 @@ def occlusion_sweep(
         tf32: allow TF32 on the GPU (the error of single precision is 1e3 times smaller).
         refine: opt in to sampling: evaluate every ``refine``-th window first, all windows only where the
             coarse map varies by more than ``refine_tolerance`` of its range, and interpolate the rest;
-            ``.evaluated`` says which were evaluated.
+            ``.evaluated`` says which were evaluated. The map that decides is that of the class which the clean
+            image is taken for, or with ``targets`` those of all of them: the maps of other classes, labels and
+            activations may vary where it does not, and are interpolated there all the same.
         incremental: False forces whole masked images.
         progress: show windows done and the time left on stderr.
 
@@ -99,6 +109,8 @@ def occlusion_sweep(
     sizes = window if isinstance(window, list) else [window]
     if not sizes:
         raise ValueError("window must name at least one size, but it is an empty list.")
+    for module in modules_behind((model,)):
+        warn_of_training(module, "a position's scores belong to all images together", stacklevel=3)
     sweeps = [
         OcclusionSweep(
             model, images, each, stride, fill, targets, border, seed, memory_limit, dtype, tf32, refine,
@@ -154,11 +166,13 @@ class OcclusionSweep:
         self._known: list[Part] = []  # the scores of the coarse grid, with ``refine``
         self._lock = threading.RLock()
         self._captured: Network | None = None
+        self._whole: BruteForce | None = None  # for layers that the captured network does not have
         device = images.device.type
         self._autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self.error: float | None = None
         with torch.no_grad(), _precision(tf32):
             self._engine: Incremental | BruteForce = self._choose(incremental, targets, dtype)
+        self._refined = refine
         if refine is not None:
             self._refine(int(refine), refine_tolerance)
         else:
@@ -170,14 +184,15 @@ class OcclusionSweep:
 
     def _choose(self, incremental: bool, targets: Sequence[int] | None, dtype: torch.dtype | None) -> Any:
         images = self._original
-        reference = self._own_scores()
+        why = "incremental=False" if not incremental else ""
+        if incremental and torch.is_autocast_enabled(images.device.type):
+            why = "autocast is on"
+        tried = not why and isinstance(self._model, nn.Module) and images.numel() > 0
+        reference = self._own_scores(self._under_a_window() if tried else None)
         classes = reference.shape[1]
         self.classes = _class_list(targets, classes)
         self._column = None if self.classes is None else {c: i for i, c in enumerate(self.classes)}
         self._count = classes
-        why = "incremental=False" if not incremental else ""
-        if incremental and torch.is_autocast_enabled(images.device.type):
-            why = "autocast is on"
         engine: Any = None
         if not why and images.shape[0] and images.numel():
             try:
@@ -190,25 +205,26 @@ class OcclusionSweep:
                 raise ValueError(
                     f"dtype={dtype} needs a model that can be captured, but here it cannot: {why}"
                 )
+            reference = self._own_scores() if tried else reference
             reference = reference if dtype is None else reference.to(dtype)
             engine = self._brute_force(reference, why or "there are no images")
         self.clean = engine.clean if isinstance(engine, Incremental) else self._select(reference)
+        self._weights = self._weights_now()
         return engine
 
-    def _own_scores(self) -> Tensor:
-        """The model's scores of the clean images, in the layout in which it is faster if it bears that."""
-        model = self._model
+    def _own_scores(self, images: Tensor | None = None) -> Tensor:
+        """The model's scores of the clean or these images, in the layout in which it is faster if it bears that."""
+        model, images = self._model, self._original if images is None else images
         evaluates = isinstance(model, nn.Module) and not any(m.training for m in model.modules())
         if evaluates and self._original.device.type == "cpu" and self._original.numel():
             try:
-                return self._measured(torch.channels_last)
+                return self._measured(images, torch.channels_last)
             except Exception:  # if it is broken, its error comes again
                 pass
-        return self._measured(torch.preserve_format)
+        return self._measured(images, torch.preserve_format)
 
-    def _measured(self, layout: torch.memory_format) -> Tensor:
-        """The model's scores of the clean images; ``_bytes_each``: what it holds for one of them besides."""
-        images = self._original
+    def _measured(self, images: Tensor, layout: torch.memory_format) -> Tensor:
+        """The model's scores of images; ``_bytes_each``: what it holds for one of them besides."""
         with PeakBytes(self._limited) as peak:
             scores = self._forward(self._model, images.clone(memory_format=layout))
         # Not measured, forty times its input is common.
@@ -223,7 +239,7 @@ class OcclusionSweep:
             # anyway.
             engine = None if dtype is not None else Incremental(self, network)
             clean = self._as_scores(network.run(self._original)[0]) if engine is None else engine.clean
-            if rows_agree(clean, reference if engine is None else self._select(reference)):
+            if self._agrees(network, engine, clean, reference):
                 break
         else:
             raise CannotCapture(
@@ -235,6 +251,29 @@ class OcclusionSweep:
             )
             engine = Incremental(self, narrow)
         return engine
+
+    def _under_a_window(self) -> Tensor:
+        """The clean images, the first one with its middle window hidden: clean images do not show everything."""
+        images = self._original.clone()
+        (top, bottom), (left, right) = (spans[len(spans) // 2].tolist() for spans in self.spans)
+        fill = self._fill[:1].expand_as(images[:1])
+        images[:1, :, top:bottom, left:right] = fill[:, :, top:bottom, left:right]
+        return images
+
+    def _agrees(self, network: Network, engine: Incremental | None, clean: Tensor, reference: Tensor) -> bool:
+        """Whether what was captured gives the model's scores of the images :meth:`_under_a_window`."""
+        if engine is None:
+            shown = self._as_scores(network.run(self._under_a_window()[:1])[0], 1)
+        else:
+            mask = torch.zeros(self.shape, dtype=torch.bool)
+            mask[0, self.shape[1] // 2, self.shape[2] // 2] = True
+            shown = engine.scores_of(mask)
+        select = self._select if engine is not None else lambda scores: scores
+        # A window over most of the image hides what changed elsewhere.
+        large = 2 * math.prod(self.window) > math.prod(self._original.shape[2:])
+        return rows_agree(torch.cat([shown, clean[1:]]), select(reference)) and (
+            not large or rows_agree(clean, select(self._own_scores()))
+        )
 
     def _crowd_agrees(self, reference: Tensor, layout: torch.memory_format) -> bool:
         """Whether images in this layout may be evaluated together with others: quite different neighbours
@@ -269,8 +308,12 @@ class OcclusionSweep:
         return BruteForce(self, self._model, False, why)
 
     def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """Scores (N, K); the model may write to its input, so that images which are still needed come as a copy."""
-        return self._as_scores(model(images), len(images))
+        """Scores (N, K); the model may write to its input, so that images which are still needed come as a copy.
+
+        Its buffers and PyTorch's random state stay as they are; random numbers are the same in each forward.
+        """
+        with evaluated(model, so=None) as run:
+            return self._as_scores(run(images), len(images))
 
     def _as_scores(self, scores: Any, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
@@ -297,7 +340,10 @@ class OcclusionSweep:
 
     def reduce(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, R, Q, ...): ``function`` of each chunk's scores, (n, K) -> (n, ...), without ever holding all
-        scores. ValueError where its result is not one of n windows."""
+        scores. ValueError where its result is not one of n windows.
+
+        The result is not remembered. An interrupted pass goes on where the next call has the same function object.
+        """
         return self._gather({function: _Reduction(lambda part: _each_window(function, part.scores))})[0]
 
     def score_map(self, target: int | Sequence[int] | Tensor) -> Tensor:
@@ -321,7 +367,8 @@ class OcclusionSweep:
         """(B, R, Q): a feature map's summed activation at each position: Zeiler & Fergus, figure 7 (b).
 
         layer: the name of a module (as in ``named_modules``); channel: one for all images, one an image, or
-        "strongest": the one whose sum is largest on the clean image.
+        "strongest": the one whose sum is largest on the clean image. A module whose output is not among the captured
+        layers' runs on whole masked images, slower.
         """
         return self._gather(self._activation(layer, channel))[0]
 
@@ -353,7 +400,13 @@ class OcclusionSweep:
 
     def explain(self) -> str:
         """How the sweep is computed: what was chosen for each layer and why, in lines of text."""
-        return self._engine.explain()
+        if not self._refined:
+            return self._engine.explain()
+        watched = "the class of the clean image" if self.classes is None else f"the classes {self.classes}"
+        return (
+            f"{self._engine.explain()}\nSampled: every {self._refined}th window, and all where the map of {watched} "
+            f"varies: {int(self.evaluated.sum())} of {self.evaluated.numel()} windows; the rest is interpolated."
+        )
 
     # -- one pass, many results
 
@@ -377,7 +430,8 @@ class OcclusionSweep:
         return {"label": _Reduction(lambda p: p.scores.argmax(1))}
 
     def _activation(self, layer: str, channel: int | str | Sequence[int]) -> dict[Any, _Reduction]:
-        clean = self._engine.channel_sums(layer)
+        with self._conditions():
+            clean = self._serving((layer,)).channel_sums(layer)
         if isinstance(channel, str):
             if channel != "strongest":
                 raise ValueError(
@@ -391,6 +445,20 @@ class OcclusionSweep:
                 lambda p: _pick(p.probes[layer], chosen, p.image), layer
             )
         }
+
+    def _serving(self, layers: Sequence[str]) -> Incremental | BruteForce:
+        """The engine; or whole masked images, where the captured network has not what a module returns: one without an
+        operation of its own, one whose output nobody reads, one that returns something else than its last map."""
+        if isinstance(self._engine, BruteForce) or self._engine.narrow:
+            return self._engine
+        try:
+            for layer in layers:
+                self._engine.channel_sums(layer)
+        except ValueError:
+            if self._whole is None:
+                self._whole = self._brute_force(self._own_scores(), "asked for a layer that was not captured")
+            return self._whole
+        return self._engine
 
     def _target_columns(self, target: Any) -> Tensor:
         chosen = _per_image("target", target, self.shape[0], self._count, self._images.device)
@@ -417,33 +485,77 @@ class OcclusionSweep:
                 if size <= small and "scores" not in self._results:
                     missing = {**_SCORES, **missing}
                 found = self._run(missing)
+            known = {**self._results, **found}
             for name, result in found.items():
                 # What follows from remembered scores is not held again.
-                own = name == "scores" or missing[name].layer or "scores" not in missing
-                if own and result.numel() * result.element_size() <= small:
-                    self._results[name] = result
-            found = {**self._results, **found}
+                if name == "scores" or missing[name].layer or "scores" not in missing:
+                    self._remember(name, result, small)
+            results = [(known[name], self._completed(known[name])) for name in wanted]
             # What is remembered is not the caller's to change.
-            return [found[name].clone() if name in self._results else found[name] for name in wanted]
+            return [whole.clone() if whole is known else whole for known, whole in results]
+
+    def _remember(self, name: Any, result: Tensor, most: int) -> None:
+        """Keep a result of a pass for the next call: the scores, and of the others the last ones, in ``most`` bytes.
+
+        What a caller's own function gave is not kept: the next call has another one, or wants it called.
+        """
+        if callable(name) or result.nbytes > most:
+            return
+        self._results[name] = result
+        others = [each for each in self._results if each != "scores"]
+        while sum(self._results[each].nbytes for each in others) > most:
+            del self._results[others.pop(0)]
 
     def _check_unchanged(self) -> None:
         """A model that changed since the sweep was made would give numbers of two models."""
-        if self._captured is not None and not is_current(self._captured, self._model, self._original):
+        if self._captured is not None:
+            same = is_current(self._captured, self._model, self._original)
+        else:
+            same = self._weights == self._weights_now() and self._still_gives_clean()
+        if not same:
             raise RuntimeError("The model was changed after the sweep was made: make a new sweep.")
 
+    def _weights_now(self) -> list[Any]:
+        """The state of the parameters. Buffers may change with each forward, and show in the scores."""
+        parameters = [p for module in modules_behind((self._model,)) for p in module.parameters()]
+        versions = [None if p.is_inference() else (id(p), p._version) for p in parameters]
+        return [versions, sampled(parameters)]
+
+    def _still_gives_clean(self) -> bool:
+        engine = self._engine
+        if isinstance(engine, Incremental) or not self._original.numel():
+            return True
+        with self._conditions():
+            now = engine.clean_scores()
+            # A function that is random in its own way gives something else each time: it was not changed.
+            return rows_agree(now, self.clean) or not rows_agree(engine.clean_scores(), now)
+
+    @contextlib.contextmanager
+    def _conditions(self) -> Iterator[None]:
+        """As it was when the sweep was made; the captured layers ran without autocast."""
+        device = self._images.device.type
+        with (
+            torch.no_grad(),
+            _precision(self._tf32),
+            torch.autocast(device, dtype=self._autocast[1], enabled=self._autocast[0]),
+        ):
+            yield
+
     def _from_stored(self, wanted: _Reduction, stored: Tensor) -> Tensor:
-        flat = stored.flatten(0, 2)
-        count = self.shape[1] * self.shape[2]
-        image = torch.arange(self.shape[0], device=flat.device).repeat_interleave(count)
+        evaluated = self.evaluated.to(stored.device)
+        flat, image = stored[evaluated], evaluated.nonzero()[:, 0]
         pieces = [slice(begin, begin + 8192) for begin in range(0, max(len(flat), 1), 8192)]
-        parts = [wanted.function(Part(image[p], image[p], image[p], flat[p], {})) for p in pieces]
-        return torch.cat(parts).view(*self.shape, *parts[0].shape[1:])
+        values = torch.cat([wanted.function(Part(image[p], image[p], image[p], flat[p], {})) for p in pieces])
+        result = values.new_zeros((*self.shape, *values.shape[1:]))
+        result[evaluated] = values
+        return self._completed(result)
 
     def _run(self, wanted: dict[Any, _Reduction]) -> dict[Any, Tensor]:
         layers = tuple(dict.fromkeys(each.layer for each in wanted.values() if each.layer is not None))
+        with self._conditions():
+            engine = self._serving(layers)
         key = tuple(wanted)
-        state = self._passes.setdefault(key, _Pass({}, self.evaluated.clone()))
-        mask = None if bool(self.evaluated.all()) else self.evaluated
+        state = self._passes.pop(key, None) or _Pass({}, self.evaluated.clone())
         total = int(self.evaluated.sum())
 
         def take(part: Part) -> None:
@@ -455,34 +567,33 @@ class OcclusionSweep:
                 state.results[name][place] = value
             state.left[part.image.cpu(), part.row.cpu(), part.col.cpu()] = False
 
-        with (
-            torch.no_grad(),
-            _precision(self._tf32),
-            # As it was when the sweep was made; the captured layers ran without it.
-            torch.autocast(self._images.device.type, dtype=self._autocast[1], enabled=self._autocast[0]),
-        ):
-            if not layers and not state.results:
-                for part in self._known:
-                    take(part)
-            skipped = total - int(state.left.sum())
-            left = None if bool(state.left.all()) else state.left.clone()
-            with Progress(total, "windows", self._progress, "occlusion", skipped=skipped) as bar:
-                for part in self._engine.parts(layers, left, bar):
-                    take(part)
+        try:
+            with self._conditions():
+                if not layers and not state.results:
+                    for part in self._known:
+                        take(part)
+                skipped = total - int(state.left.sum())
+                left = None if bool(state.left.all()) else state.left.clone()
+                with Progress(total, "windows", self._progress, "occlusion", skipped=skipped) as bar:
+                    for part in engine.parts(layers, left, bar):
+                        take(part)
+        except BaseException:
+            self._passes = {key: state}  # only the last one
+            raise
         if not state.results:  # not a single window
             none = torch.zeros(0, dtype=torch.long, device=self.clean.device)
-            sums = {layer: self._engine.channel_sums(layer)[:0] for layer in layers}
+            sums = {layer: engine.channel_sums(layer)[:0] for layer in layers}
             for name, each in wanted.items():
                 value = each.function(Part(none, none, none, self.clean[:0], sums))
                 state.results[name] = value.new_zeros((*self.shape, *value.shape[1:]))
-        del self._passes[key]
-        return {name: self._completed(result, mask) for name, result in state.results.items()}
+        return state.results
 
-    def _completed(self, result: Tensor, mask: Tensor | None) -> Tensor:
-        """What was evaluated, and between it what is interpolated from the coarse grid."""
-        if mask is None:
+    def _completed(self, result: Tensor) -> Tensor:
+        """What was evaluated, and between it what is interpolated from the coarse grid: of the result itself, whichever
+        way it was found, and not of what it is made of."""
+        if bool(self.evaluated.all()):
             return result
-        mask = mask.to(result.device)
+        mask = self.evaluated.to(result.device)
         whole = _interpolated(result, self._coarse)
         whole[mask] = result[mask]
         return whole

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .activations import LayerReader, evaluating
-from .attr._gradient import GradientAttribution, NeuronAttribution, check_module, gradients
+from .activations import LayerReader
+from .attr._gradient import GradientAttribution, NeuronAttribution, check_module, evaluated, gradients
 from .checks import integer
 from .fills import gaussian_blur
 from .imaging import colour_limit, denormalised, number, signed_rgb, three_channels
@@ -157,7 +157,7 @@ class ClassModel:
 
     Args:
         model: a module whose output is one tensor of unnormalised scores ``(N, classes)``. Its parameters are
-            constants; in training mode it is evaluated in evaluation mode and then is as it was.
+            constants; one in training mode is evaluated in evaluation mode without being changed.
         layer: a module of it or its name, to maximise its output instead.
 
     Raises AssertionError for what is no module, ValueError for an unknown layer.
@@ -259,8 +259,8 @@ class ClassModel:
         mean_shown = _shown("mean", mean, shape, wide, device)
         std_shown = _shown("std", std, shape, wide, device)
 
-        with evaluating(self.model):
-            ascent = _Ascent(self.model, self._module, dtype, options)
+        with evaluated(self.model, [] if self._module is None else [self._module]) as (model, layers):
+            ascent = _Ascent(model, layers[0] if layers else None, dtype, options)
             found = ascent.output(torch.zeros(1, *shape, dtype=wide, device=device))
             resolved = _resolve(given, found.shape[1:])
             classes = self.layer is None and found.dim() == 2 and found.shape[1] > 1 and bool(resolved)

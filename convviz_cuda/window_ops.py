@@ -37,7 +37,7 @@ from .window_checks import (
     same_kind,
     two_ints,
 )
-from .window_reference import layout_of
+from .window_reference import accumulator, layout_of
 
 
 def _define(name: str, signature: str, fake: Callable[..., Any]) -> Any:
@@ -221,7 +221,7 @@ pool_windows_op = _define(
 sum_windows_op = _define(
     "sum_windows",
     f"({_SOURCES}, {_ACTIVATION}) -> Tensor",
-    lambda base, patch, *_: patch.new_empty(patch.shape[:2]),
+    lambda base, patch, *_: patch.new_empty(patch.shape[:2], dtype=accumulator(patch.dtype)),
 )
 
 
@@ -301,7 +301,8 @@ def sum_windows(
         bias, low, high: applied to the patch first, see :func:`gather_windows`.
 
     Returns:
-        ``(N, C)``: the sum over the patch's rectangle, as far as it lies in the map, of patch minus base.
+        ``(N, C)``: the sum over the patch's rectangle, as far as it lies in the map, of patch minus base; float32,
+        or float64 for float64, because a sum over a map soon is more than float16 can hold.
     """
     check_sources(base, patch, variants, rows, cols, 1)
     bias = checked_bias(bias, patch)

@@ -236,7 +236,7 @@ def sum_windows(
     high: float = INF,
 ) -> Tensor:
     if 0 in (*patch.shape, *base.shape):
-        return patch.new_zeros(patch.shape[:2])
+        return patch.new_zeros(patch.shape[:2], dtype=accumulator(patch.dtype))
     (_, _, height, width), (ph, pw) = base.shape, patch.shape[2:]
     y = _positions(_entries(variants, 1, rows)[0], ph, height)
     x = _positions(_entries(variants, 2, cols)[0], pw, width)
@@ -244,7 +244,7 @@ def sum_windows(
     change = new - _pick(base, _images(variants, base.shape[0]), y, x).to(new.dtype)
     inside = (_inside(y, height)[:, :, None] & _inside(x, width)[:, None, :])[..., None]
     change = torch.where(inside, change, torch.zeros((), dtype=change.dtype, device=change.device))
-    return change.sum((1, 2)).to(patch.dtype)
+    return change.sum((1, 2))
 
 
 def _covering(size: int, windows: int, window: int, stride: int, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ class Case:
     special: bool = True  # defined for NaN and infinities, number by number
     signed: bool = True  # the sign of a zero is defined too
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    sums: bool = False  # the results have the type that sums are kept in
     last: str | None = None  # the name by which the last tensor is given
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -107,7 +107,7 @@ RELU_BOUNDS = [
     {"upper": 1.0},
     {"lower": -1.0, "upper": 1.0},
     {"lower": 1.0},
-    {"lower": 0.3, "upper": 0.7},
+    {"lower": -0.7, "upper": 1 / 3},  # which 16-bit values are on either side of
 ]
 
 # Forward's size, memory order of its dims, K.

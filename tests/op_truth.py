@@ -64,14 +64,14 @@ def keeps_strides(x: Tensor) -> bool:
 
 def relu_truth(x: Tensor, lower: float = 0.0, upper: float | None = None, *, in_place: bool = False):
     x = x if in_place or keeps_strides(x) else x.contiguous()
-    low, high = (
-        torch.tensor(v, dtype=x.dtype).double().numpy()
-        for v in (lower, float("nan") if upper is None else upper)
-    )
+    bounds = [lower, float("nan") if upper is None else upper]
+    # What is compared with, and what the output takes.
+    low, high = torch.tensor(bounds, dtype=F64 if x.dtype == F64 else F32).double().numpy()
+    lowest, highest = torch.tensor(bounds, dtype=x.dtype).double().numpy()
     memory = x.as_strided((x.numel(),), (1,)).double().numpy()
     open_ = ~(memory <= low) & ~(memory >= high)
     values = x.double().numpy()
-    out = np.where(values <= low, low, np.where(values >= high, high, values))
+    out = np.where(values <= low, lowest, np.where(values >= high, highest, values))
     return torch.from_numpy(out), torch.from_numpy(np.packbits(np.asarray(open_, bool), bitorder="little"))
 
 

@@ -206,18 +206,117 @@ def test_neuron_deconvolution_is_the_papers_deconvnet(kernel, stride):
 
 def test_the_forward_stops_at_the_layer(images):
     class Bomb(nn.Module):
-        armed = False
-
         def forward(self, x):
-            assert not self.armed, "the forward went on behind the layer"
-            return x
+            raise AssertionError("the forward went on behind the layer")
 
-    bomb = Bomb()
-    model = nn.Sequential(*net()[:5], bomb, *net()[5:]).eval()
-    method = attr.NeuronGuidedBackprop(model, model[4])
-    before = method.attribute(images, (0, 1, 1))
-    bomb.armed = True
-    assert torch.equal(method.attribute(images, (0, 1, 1)), before)
+    whole = net()
+    model = nn.Sequential(nn.Sequential(*whole[:3]), nn.Sequential(*whole[3:5], Bomb()), *whole[5:]).eval()
+    for of_input in (False, True):
+        expected = attr.NeuronGuidedBackprop(whole, whole[4]).attribute(
+            images, (0, 1, 1), attribute_to_neuron_input=of_input
+        )
+        found = attr.NeuronGuidedBackprop(model, "1.1").attribute(
+            images, (0, 1, 1), attribute_to_neuron_input=of_input
+        )
+        assert torch.equal(found, expected)
+
+
+class Loop(nn.Module):
+    """Runs its convolution a number of times: ``runs``, or by the data three times or once."""
+
+    def __init__(self, runs: int | None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.runs, self.conv = runs, nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        for _ in range(self.runs or (3 if x.detach().mean() > 0 else 1)):
+            x = self.conv(x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", NEURON_METHODS)
+def test_the_last_run_counts_whatever_it_depends_on(images, name):
+    def thrice(model, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(model.conv(model.conv(model.conv(x)))[:, 0, 3, 3].sum(), x)[0]
+
+    model = Loop(1).eval()
+    method = getattr(attr, name)(model, "conv")
+    method.attribute(images, (0, 3, 3))
+    model.runs = 3
+    assert_equal_to(method.attribute(images, (0, 3, 3)), thrice(model, images))
+    by_data = Loop(None).eval()
+    x = torch.cat([images[:1] - 9, images[1:] + 20])
+    assert_equal_to(getattr(attr, name)(by_data, "conv").attribute(x, (0, 3, 3)), thrice(by_data, x))
+
+
+@pytest.mark.parametrize("name", NEURON_METHODS)
+def test_forwards_stop_at_the_layer_once_its_last_run_is_known(images, name):
+    behind = []
+    model = Loop(2).eval()
+    head = nn.Linear(3, 2)
+    head.register_forward_hook(lambda *_: behind.append(1))
+    model.forward = lambda x: head(Loop.forward(model, x))
+    method = getattr(attr, name)(model, "conv")
+    first = method.attribute(images, (0, 3, 3))
+    assert len(behind) == 1
+    for changed, runs in ((images, 1), (-images, 1), (images[:2], 2), (images[:2], 2)):
+        found = method.attribute(changed, (0, 3, 3))
+        assert_equal_to(found, getattr(attr, name)(Loop(2).eval(), "conv").attribute(changed, (0, 3, 3)))
+        assert len(behind) == runs
+    model.runs = 1  # another network
+    assert not torch.allclose(method.attribute(images, (0, 3, 3)), first) and len(behind) == 3
+    method.attribute(images, (0, 3, 3))
+    assert len(behind) == 3
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: bool(x.mean() > 0), lambda x: x.mean().item() > 0, lambda x: x.detach().mean().numpy() > 0,
+        lambda x: x.mean().tolist() > 0, lambda x: float(x.mean()) > 0, lambda x: not torch.equal(x, -x.abs()),
+        lambda x: 1.0 in (x > 0).float(),
+    ],
+)  # fmt: skip
+def test_forwards_never_stop_early_where_code_looks_at_values(images, look):
+    behind = []
+    model = Loop(1).eval()
+
+    def forward(x):
+        model.runs = 3 if look(x) else 1
+        behind.append(model.runs)
+        x = Loop.forward(model, x)
+        behind.append("end")
+        return x
+
+    model.forward = forward
+    method = attr.NeuronGuidedBackprop(model, "conv")
+    for x in (-images.abs() - 1, images.abs() + 1, -images.abs() - 1, images.abs() + 1):
+        model.runs = 1
+        found = method.attribute(x, (0, 3, 3))
+        fresh = attr.NeuronGuidedBackprop(Loop(3 if x.mean() > 0 else 1).eval(), "conv")
+        assert_equal_to(found, fresh.attribute(x, (0, 3, 3)))
+    assert behind == [1, "end", 3, "end", 1, "end", 3, "end"]
+
+
+def test_a_layer_in_two_places_of_a_sequential(images):
+    conv = nn.Conv2d(3, 3, 3)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Sequential(nn.Identity(), conv), nn.Softplus()).eval()
+    x = images.clone().requires_grad_()
+    expected = torch.autograd.grad(conv(conv(x).relu())[:, 1, 2, 2].sum(), x)[0]
+    rule = cv.backward_rule("gradient")
+    method = attr.NeuronGuidedBackprop(model, conv)
+    method._context = lambda: rule
+    assert_equal_to(method.attribute(images, (1, 2, 2)), expected)
+
+
+def test_hooks_see_one_forward_of_the_whole_batch(images):
+    sizes = []
+    model = Loop(2).eval()
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    attr.NeuronGuidedBackprop(model, "conv").attribute(images, (0, 1, 1))
+    assert sizes == [4]
 
 
 def test_of_a_layer_used_twice_the_last_run_counts(images):
@@ -371,6 +470,9 @@ def test_bad_targets(images, name, target, error, text):
         ("0", AssertionError),
         (0, AssertionError),
         (1.5, AssertionError),
+        ((1.0, 2, 2), AssertionError),
+        ((torch.tensor(1.5), 2, 2), AssertionError),
+        ((True, 2, 2), AssertionError),
     ],
 )
 def test_bad_selectors(images, selector, error):
@@ -507,7 +609,7 @@ def test_no_warnings_without_a_reason(images):
 def test_a_scripted_model_is_warned_about(images):
     with quiet():
         scripted = torch.jit.script(net())
-    with pytest.warns(UserWarning, match="No ReLU was seen"):
+    with pytest.warns(UserWarning, match="does not act on a ReLU"):
         attr.GuidedBackprop(scripted).attribute(images, 1)
 
 
@@ -583,6 +685,17 @@ def test_an_in_place_relu_on_the_input(images):
         assert_equal_to(found, expected.detach())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_subclass_of_tensor(images, name):
+    class Subclass(torch.Tensor):
+        pass
+
+    model = net(inplace=True)
+    expected = getattr(attr, name)(model).attribute(images, 1)
+    found = getattr(attr, name)(model).attribute(images.as_subclass(Subclass), 1)
+    assert_equal_to(found.as_subclass(torch.Tensor), expected)
+
+
 def test_models_that_read_the_memory_layout(images):
     class Strided(nn.Module):
         def forward(self, x):
@@ -607,6 +720,67 @@ def test_models_that_read_the_memory_layout(images):
         method = attr.Saliency(model)
         for _ in range(2):
             assert_equal_to(method.attribute(images, 300, abs=False), expected)
+
+
+def test_a_forward_that_fails_in_our_layout_leaves_nothing(images):
+    """The second run draws the same numbers and finds the arguments and buffers that the first one found."""
+
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 21 * 18, 5)
+            self.register_buffer("runs", torch.zeros(()))
+            self.register_buffer("assigned", torch.zeros(()))
+
+        def forward(self, x, factor):
+            self.runs += 1
+            self.assigned = self.assigned + 1
+            factor += 1
+            noisy = F.relu(x + torch.randn_like(x) + self.runs + self.assigned)
+            return self.linear(noisy.view(len(x), -1)) * factor
+
+    torch.manual_seed(0)
+    model = Changing().eval()
+    factor = torch.ones(4, 1)
+    torch.manual_seed(5)
+    noise = torch.randn_like(images)
+    after = torch.get_rng_state()
+    method = attr.Saliency(model)
+    for run in (1, 2):
+        torch.manual_seed(5)
+        found = method.attribute(images, 1, False, factor)
+        assert torch.equal(torch.get_rng_state(), after)
+        weight = model.linear.weight[1].detach().view(3, 21, 18)
+        assert_equal_to(found, 2 * weight * (images + noise + 2 * run > 0))
+        assert model.runs == run and model.assigned == run and torch.equal(factor, torch.ones(4, 1))
+
+
+def test_additional_arguments_stay_as_they_were(images):
+    class Adding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, more):
+            return (self.conv(x).relu() * more["factor"].add_(1)).mean((2, 3))
+
+    model = Adding().eval()
+    more = {"factor": torch.ones(4, 1, 1, 1)}
+    for method in (
+        attr.Saliency(model),
+        attr.NeuronGuidedBackprop(model, "conv"),
+        attr.LayerGradCam(model, "conv"),
+        attr.LayerActivation(model, "conv"),
+        attr.GuidedGradCam(model, "conv"),
+    ):
+        options = {} if isinstance(method, attr.LayerActivation) else {"neuron_selector": (1, 2, 3)}
+        if not isinstance(method, attr.LayerActivation | attr.NeuronGuidedBackprop):
+            options = {"target": 1}
+        for x in (images, images.double()):
+            model.to(x.dtype)
+            method.attribute(x, additional_forward_args=more, **options)
+            assert torch.equal(more["factor"], torch.ones(4, 1, 1, 1))
 
 
 def test_results_are_the_callers_own(images):
@@ -644,5 +818,13 @@ def test_a_scripted_part_is_warned_about(images):
     model = net()
     with quiet():
         model[4] = torch.jit.script(nn.Sequential(model[4], nn.ReLU()))
-    with pytest.warns(UserWarning, match="scripted modules"):
+    with pytest.warns(UserWarning, match="does not act on a ReLU"):
         attr.GuidedBackprop(model).attribute(images, 1)
+
+
+def test_names_are_captums():
+    shared = [name for name in attr.__all__ if hasattr(getattr(captum.attr, name, None), "get_name")]
+    assert len(shared) >= 14
+    for name in shared:
+        assert getattr(attr, name).get_name() == getattr(captum.attr, name).get_name()
+    assert attr.NoiseTunnel(attr.Saliency(sum)).get_name() == "Noise Tunnel"

@@ -211,6 +211,36 @@ def test_cam_of_networks_as_they_are_built(rectified: bool) -> None:
         close(attr.Cam(model).attribute(x, 2), method.attribute(x, 2))
 
 
+def test_cam_does_not_depend_on_the_images_that_come_first() -> None:
+    """Maps that are 0, or positive by chance, do not tell whether the classifier reads them rectified."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, bias=False)
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(self.conv(x)).mean((2, 3)))
+
+    model, x = built(Net), images(4)
+    with torch.no_grad():
+        model.conv.weight.abs_()
+    for first in (torch.zeros_like(x[:1]), torch.ones_like(x[:1])):
+        method, both = attr.Cam(model), torch.cat([first, x])
+        expected = torch.einsum("c,nchw->nhw", model.fc.weight[1], model.conv(both).relu())[:, None].detach()
+        close(method.attribute(both, 1), expected)
+        close(method.attribute(x, 1), expected[1:])
+
+    class OfPositive(Net):  # of noise, which has values below 0, it gives NaN
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sqrt())
+
+    model, x = built(OfPositive), torch.cat([torch.zeros_like(x[:1]), x.abs()])
+    expected = torch.einsum("c,nchw->nhw", model.fc.weight[1], model.conv(x.sqrt()).relu())[:, None].detach()
+    close(attr.Cam(model).attribute(x, 1), expected)
+
+
 # --------------------------------------------------------------------------------------------------- Eigen-CAM
 
 
@@ -370,6 +400,14 @@ def test_maps_can_be_differentiated_by_the_parameters(name: str) -> None:
     assert gradient.shape == x.shape and gradient.abs().max() > 0
 
 
+def test_cam_can_be_differentiated_by_the_classifiers_weights() -> None:
+    model, x = built(Plain), images(2)
+    maps = attr.Cam(model).attribute(x, 3, create_graph=True)
+    (gradient,) = torch.autograd.grad(maps.sum(), model.fc.weight)
+    assert not gradient[:3].any() and not gradient[4].any()
+    close(gradient[3], model.features(x).sum((0, 2, 3)).detach())
+
+
 def test_a_student_learns_its_teachers_maps() -> None:
     """Grad-CAM++'s distillation loss (section 6): cross entropy and the distance of the maps."""
     generator = torch.Generator().manual_seed(0)
@@ -429,6 +467,11 @@ def test_multi_cam_is_each_method_at_each_layer() -> None:
             close(
                 maps[name], names[name](model, layer).attribute(x, target, relu_attributions=relu, **options)
             )
+    for maps in attr.multi_cam(
+        model, ["features"], list(names), x, target
+    ):  # beside others that take gradients
+        assert not any(one.requires_grad for one in maps.values())
+        close(maps["cam"], attr.Cam(model).attribute(x, target))
     with pytest.raises(ValueError, match="Score-CAM takes a forward for each channel"):
         attr.multi_cam(model, ["features"], ["scorecam"], x, target)
     (maps,) = attr.multi_cam(model, ["features"], ["cam", "eigencam"], x, target, relu_attributions=True)

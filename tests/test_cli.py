@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import captum.attr
@@ -40,6 +41,10 @@ def net(classes=5):
         nn.Conv2d(3, 6, 5, stride=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
     )
+
+def dense():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(36, 5))
 
 class Slow(nn.Module):
     def __init__(self):
@@ -134,7 +139,7 @@ def test_maps_equal_the_classes_called_directly(work):
 
 
 def test_every_method_writes_what_its_class_gives(work):
-    listed = [name for name in ALL_METHODS if name not in ("ablation",)]
+    listed = list(ALL_METHODS)
     options = (
         "--steps",
         7,
@@ -186,6 +191,9 @@ def test_every_method_writes_what_its_class_gives(work):
         "gradxact": large(captum.attr.LayerGradientXActivation(model, layer).attribute(image, 3)),
         "rise": attr.RISE(model).attribute(image, 3, n_masks=40, seed=5),
         "extremal": attr.ExtremalPerturbation(model).attribute(image, 3, steps=3),
+        "ablation": captum.attr.FeatureAblation(model).attribute(  # squares of 8 pixels, in rows of 4
+            image, target=3, feature_mask=(torch.arange(32) // 8)[:, None] * 4 + torch.arange(32) // 8
+        )[:, :1],
         "excitation": large(attr.ExcitationBackprop(model, layer).attribute(image, 3)),
         "contrastive": large(attr.ExcitationBackprop(model, layer).attribute(image, 3, contrastive=True)),
     }
@@ -538,6 +546,47 @@ def test_a_long_thin_picture_is_an_image_like_others(work, monkeypatch):
     assert [r["image_size"] for r in rows(work)] == [[40, 60], [50, 50], [1, 40000], [64, 40]]
 
 
+def test_a_method_that_does_not_suit_the_model_is_refused_before_any_work(work):
+    model = ("--model", f"{work / 'net.py'}:dense")
+    result = attribute(work, *model, "--method", "saliency,gradcam,cam")
+    assert result.exit_code == 2
+    assert "--method cam does not suit the model: CAM needs a linear layer" in result.output
+    assert not (work / "out" / "results.jsonl").exists()
+    # Of pictures of any size that shows at each; the others' maps are kept.
+    result = attribute(work, *model, "--resize", 0, "--crop", 0, "--method", "saliency,gradcam,cam")
+    assert result.exit_code == 1 and "6 maps written" in result.output
+    assert "--method cam failed for 3 images: " in result.output
+    assert sorted(r["method"] for r in rows(work)) == ["gradcam"] * 3 + ["saliency"] * 3
+
+
+@pytest.mark.parametrize("crop", [0, 32])
+def test_a_method_that_fails_leaves_the_others_maps(work, monkeypatch, crop):
+    calls = []
+
+    def fails(model, inputs, targets, options):
+        calls.append(len(inputs))
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setitem(ALL_METHODS, "guided", replace(ALL_METHODS["guided"], of_class=fails))
+    arguments = ("--resize", 36 * bool(crop), "--crop", crop, "--batch-size", 1)
+    result = attribute(work, *arguments, "--method", "saliency,guided,deconvnet")
+    assert result.exit_code == 1 and "6 maps written" in result.output
+    why = "Guided backprop failed for an input [1, 3, 32, 32]: RuntimeError: no such thing"
+    assert (
+        not crop or result.output.count(why) == 1
+    )  # of one shape, what fails at the first is not tried again
+    assert calls == [1] * (1 if crop else 3)
+    assert (
+        "--method guided failed for 3 images: " in result.output and "could not be used" not in result.output
+    )
+    assert sorted(r["method"] for r in rows(work)) == ["deconvnet"] * 3 + ["saliency"] * 3
+    again = attribute(work, *arguments, "--method", "saliency,guided,deconvnet")
+    assert again.exit_code == 1 and "there already: 6" in again.output
+    assert "3 of 3 images could not be used" in again.output
+    monkeypatch.undo()
+    assert attribute(work, *arguments, "--method", "guided").exit_code == 0 and len(rows(work)) == 9
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -603,7 +652,7 @@ def test_a_long_thin_picture_is_an_image_like_others(work, monkeypatch):
         (["--crop", "-3"], "crop is a number of pixels"),
         (["--weights", "nowhere.pt"], "no weights file 'nowhere.pt'"),
         (["--labels", "nowhere.txt"], "no labels file 'nowhere.txt'"),
-        (["--labels", "{work}/net.py"], "--labels names 40 classes, but the model has 5"),
+        (["--labels", "{work}/net.py"], "--labels names 44 classes, but the model has 5"),
         (["--model", "net"], "A model is named as"),
         (
             ["--model", "{work}/net.py:Twins"],

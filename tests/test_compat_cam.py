@@ -181,6 +181,26 @@ def test_threads_over_a_model_in_training_mode() -> None:
     assert not wrong and int(model[1].num_batches_tracked) == 0 and model[1].training
 
 
+def test_a_module_list_is_a_list_of_layers() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)])
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in self.stages:
+                x = stage(x)
+            return self.fc(x.mean((2, 3)))
+
+    model, x = built(Stages), images()
+    assert np.array_equal(cam.GradCAM(model, model.stages)(x), cam.GradCAM(model, list(model.stages))(x))
+    with pytest.raises(ValueError, match="at least one layer"):
+        cam.GradCAM(model, nn.ModuleList())
+    with pytest.raises(ValueError, match=r"but it is a Sequential: write \[layer\] for its output"):
+        cam.GradCAM(built(Plain), built(Plain).features)
+
+
 def test_what_is_no_layer_target_or_input() -> None:
     model, x = built(Plain), images()
     for layers in ([], model.features, [nn.ReLU()], ["features"]):
@@ -239,6 +259,38 @@ def test_semantic_segmentation() -> None:
 
 
 # ------------------------------------------------------------------------------------------- against the original
+
+
+def grad_cam_plus_plus(model: nn.Module, x: Tensor, targets: list, added: float) -> np.ndarray:
+    """The paper's equation 19 with something added to its denominator, in float64."""
+    values = model.features(x).detach().requires_grad_()
+    scores = [target(one) for target, one in zip(targets, model.fc(values), strict=True)]
+    g = torch.autograd.grad(sum(scores), values)[0].double().numpy()
+    a = values.detach().double().numpy()
+    alpha = g**2 / (2 * g**2 + a.sum((2, 3), keepdims=True) * g**3 + added)
+    weights = (alpha * g.clip(0)).sum((2, 3), keepdims=True)
+    return scaled(resized(scaled((weights * a).sum(1).clip(0)), x.shape[2:]))
+
+
+SHALLOW = [lambda output, k=k: 0.01 * output[k] for k in (3, 0)]
+
+
+def test_grad_cam_plus_plus_is_the_formula_also_of_small_gradients() -> None:
+    model, x, targets = built(Uneven), images(2), SHALLOW
+    result = cam.GradCAMPlusPlus(model, [model.features])(x, targets)
+    assert np.allclose(result, grad_cam_plus_plus(model, x, targets, 0.0), atol=1e-5)
+    assert abs(result - grad_cam_plus_plus(model, x, targets, 1e-6)).max() > 0.05
+
+
+@pytest.mark.torchvision
+def test_pytorch_grad_cam_adds_to_the_denominator() -> None:
+    """And that is all by which its Grad-CAM++ differs."""
+    theirs = pytest.importorskip("pytorch_grad_cam", reason="pytorch-grad-cam is not installed")
+    model, x = built(Uneven), images(2)
+    added = grad_cam_plus_plus(model, x, SHALLOW, 1e-6)
+    # Not followed by a ReLU in place, which would change there what was read.
+    expected = theirs.GradCAMPlusPlus(model.float(), [model.features[4]])(x.float(), SHALLOW)
+    assert np.allclose(expected, added, atol=1e-4)
 
 
 @pytest.mark.torchvision

@@ -459,3 +459,26 @@ def test_copies_and_pickles():
     expected = net.project(x, 1).pixels
     assert torch.equal(copy.deepcopy(net).project(x, 1).pixels, expected)
     assert torch.equal(pickle.loads(pickle.dumps(net)).project(x, 1).pixels, expected)
+
+
+def test_an_in_place_relu_behind_the_layer_changes_no_activation():
+    """In a forward of the model's own, which runs on behind the layer, also where nothing is recorded."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.relu(self.conv(x)).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x = Own().eval(), torch.randn(2, 3, 12, 12)
+    nn.init.constant_(model.conv.bias, -50.0)
+    model.conv.register_forward_hook(lambda *_: None)  # with which it is not captured
+    with torch.no_grad():
+        strongest = model.conv(x).amax((2, 3)).T
+    net = DeconvNet(model, "conv")
+    assert strongest.max() < 0
+    torch.testing.assert_close(net.project(x, [0, 1, 2, 3]).values, strongest)
+    torch.testing.assert_close(net.top_activations(x, k=2).values, strongest.sort(descending=True)[0])

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convviz_cuda._draws import drawn_from
+from convviz_cuda._evaluated import evaluated
 from convviz_cuda.attr import Saliency
-from convviz_cuda.metrics._evaluated import evaluated
 
 
 def built() -> nn.Module:

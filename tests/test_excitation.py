@@ -979,3 +979,62 @@ def test_auto_is_the_last_layer_with_maps() -> None:
         4,
         4,
     )
+
+
+def test_auto_of_a_contrastive_pass_is_below_the_negated_weights() -> None:
+    torch.manual_seed(0)
+    linear = nn.Sequential(
+        nn.Conv2d(3, 9, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3)
+    ).double()
+    squeeze = nn.Sequential(  # as SqueezeNet ends: below the 1x1 convolution all is 0, down to the 3x3 one
+        nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 9, 3), nn.ReLU(), nn.Dropout(), nn.Conv2d(9, 3, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    ).double().eval()  # fmt: skip
+    x = uniform(2, 3, 9, 9)
+    with torch.no_grad():
+        for model in (linear, squeeze):  # units that have both kinds of weights, and are excited
+            for layer in model:
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.weight.add_(0.1)
+                    layer.bias.zero_()
+    for model, name in ((linear, "1"), (squeeze, "1")):
+        auto = attr.ExcitationBackprop(model, "auto")
+        found = auto.attribute(x, 1, contrastive=True)
+        assert torch.equal(found, attr.ExcitationBackprop(model, name).attribute(x, 1, contrastive=True))
+        torch.testing.assert_close(found.sum((1, 2, 3)), torch.zeros(2).double(), atol=1e-12, rtol=0)
+        assert found.flatten(1).abs().amax(1).min() > 1e-3
+        many = auto.attribute_many(x, [0, 1], contrastive=True)
+        torch.testing.assert_close(many[1], found)
+    for name in ("3", "4"):
+        zero = attr.ExcitationBackprop(squeeze, name).attribute(x, 1, contrastive=True)
+        assert zero.abs().max() < 1e-12
+    # A layer above: below its own weights.
+    found = attr.ExcitationBackprop(squeeze, "auto").attribute(x, 1, contrastive=True, contrast_layer="2")
+    same = attr.ExcitationBackprop(squeeze, "1").attribute(x, 1, contrastive=True, contrast_layer="2")
+    assert torch.equal(found, same)
+    with pytest.raises(ValueError, match="finds no layer that gives maps .* below the weights"):
+        attr.ExcitationBackprop(squeeze, "auto").attribute(x, 1, contrastive=True, contrast_layer="0")
+
+
+def test_a_contrast_that_cannot_show_is_refused() -> None:
+    """Above the negated weights both passes are one: nothing would be subtracted."""
+    model, x = net(Residual), uniform(2, 3, 14, 14)
+    names = [name for name, _ in model.named_modules() if name]
+    assert "head" in names
+    with pytest.raises(AssertionError, match="none between the output and .*: read a layer further down"):
+        attr.ExcitationBackprop(model, "head").attribute(x, 1, contrastive=True)
+    with pytest.raises(AssertionError, match="none between the output and"):
+        attr.ExcitationBackprop(model, "pool").attribute(x, 1, contrastive=True, contrast_layer="stem")
+
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.aside = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.aside(x)
+            return self.fc(F.relu(self.conv(x)).mean((2, 3)))
+
+    with pytest.raises(AssertionError, match="there is none in Conv2d"):
+        attr.ExcitationBackprop(Aside().double()).attribute(x, 1, contrastive=True, contrast_layer="aside")

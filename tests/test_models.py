@@ -81,8 +81,11 @@ def test_zfnet_geometry_and_classes():
     ]
     assert model.fc8.out_features == 7
     assert [d.p for d in model if isinstance(d, nn.Dropout)] == [0.5, 0.5]
-    with pytest.raises(ValueError, match="num_classes is 0"):
-        zfnet(0)
+    for classes in (0, "a", 2.5, True):
+        with pytest.raises(
+            ValueError, match=f"num_classes must be an int of at least 1, but it is {classes!r}"
+        ):
+            zfnet(classes)
 
 
 def test_untrained_zfnet_keeps_its_signal_alive():

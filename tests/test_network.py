@@ -4,6 +4,7 @@ capturing."""
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 
 import numpy as np
@@ -234,6 +235,28 @@ def test_cannot_capture_training_hooks_scripts_and_functions():
         capture(torch.jit.script(model), images())
     with pytest.raises(CannotCapture, match="not a torch.nn.Module"):
         capture(lambda x: x, images())
+
+
+def test_a_failure_is_remembered_and_prints_nothing(monkeypatch, capfd):
+    exports, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or export(*a, **k))
+    logged, handler = [], logging.Handler()
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    monkeypatch.setattr(handler, "emit", logged.append)
+    logger.addHandler(handler)
+    model, reasons = nn.Sequential(nn.Conv2d(3, 3, 1), Branching()).double().eval(), set()
+    for _ in range(3):
+        with pytest.raises(CannotCapture, match="data-dependent") as raised:
+            capture(model, images())
+        reasons.add(str(raised.value))
+    assert len(exports) == len(reasons) == 1
+    assert capfd.readouterr() == ("", "") and not logged
+    logger.warning("of another")
+    assert len(logged) == 1  # the logger is what it was
+    logger.removeHandler(handler)
+    model[1] = nn.Flatten().eval()
+    capture(model, images())
+    assert len(exports) == 2
 
 
 def test_remembers_and_notices_changes():

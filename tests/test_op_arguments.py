@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from convviz_cuda import ops
+from convviz_cuda import info, ops
 
 X = torch.linspace(-2, 2, 32).view(1, 2, 4, 4)
 OUT, MASK = ops.relu(X)
@@ -88,6 +88,37 @@ REFUSED = [
                 f"{name} must be at least {int(name not in ('padding', 'size'))}, but it is (2, -1).",
             ),
         )
+    ),
+    *(
+        (call, wrong, ValueError, "fewer than 2**31 positions, and stride and dilation must be below 2**31")
+        for call in (pool, unpool)
+        for wrong in (
+            {"kernel_size": 70000, "stride": 70000, "padding": 35000},
+            {"kernel_size": 2**33},
+            {"kernel_size": (1, 2**31)},
+            {"stride": 2**31},
+            {"dilation": (1, 2**40)},
+        )
+    ),
+    *(
+        (gated, {name: value}, error, words)
+        for name in ("size", "stride")
+        for value, error, words in (
+            (384, TypeError, f"{name} must be a sequence of ints, but it is 384."),
+            ("1244", TypeError, f"{name} must be a sequence of ints, but it is '1244'."),
+            ((1.0, 2, 4, 4), TypeError, f"{name} must hold ints, but it is (1.0, 2, 4, 4)."),
+            ((True, 2, 4, 4), TypeError, f"{name} must hold ints"),
+            ((-1, 2, 4, 4), ValueError, f"{name} must hold no negative numbers, but it is (-1, 2, 4, 4)."),
+        )
+    ),
+    *(
+        (
+            call,
+            {"x": X.to_sparse()},
+            TypeError,
+            "x must be a dense tensor, but its layout is torch.sparse_coo.",
+        )
+        for call in (ops.relu, ops.relu_, pool, ops.max_abs_channels)
     ),
     *(
         (call, {name: 0}, ValueError, f"{name} must be at least 1, but it is 0.")
@@ -249,6 +280,19 @@ def test_bad_arguments(call, wrong, error, words):
         call(**wrong)
     assert str(caught.value).endswith(".")
     assert all(torch.equal(x, y) for x, y in zip((X, MASK, POOLED, SWITCHES, WEIGHT), before, strict=True))
+
+
+@pytest.mark.parametrize("kernel", [2**33, 2**17, (1, 2**31)])
+def test_kernels_refuse_what_no_switch_can_hold(kernel):
+    """Called past the checks of the functions."""
+    if info()["ops"]["relu_max_pool2d"]["cpu"] == "reference":
+        pytest.skip("this build has no kernels")
+    k = list(kernel) if isinstance(kernel, tuple) else [kernel] * 2
+    half = [n // 2 for n in k]
+    with pytest.raises(RuntimeError, match=r"2\^31"):
+        torch.ops.convviz.relu_max_pool2d(X, k, k, half, [1, 1], False, True)
+    with pytest.raises(RuntimeError, match=r"2\^31"):
+        torch.ops.convviz.switch_unpool2d(X, SWITCHES.int(), [4, 4], k, k, half, [1, 1], 1, False)
 
 
 def test_an_upper_bound_may_equal_the_lower():

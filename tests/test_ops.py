@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_case import DTYPES, F32, SPECIAL, TIES, drawing
+from op_case import DTYPES, F32, F64, SPECIAL, TIES, drawing
 from op_cases import (
     ARRANGEMENTS,
     BY_OP,
@@ -28,8 +28,10 @@ from op_cases import (
 from op_truth import (
     assert_all_same,
     assert_same,
+    conv_truth,
     is_dense,
     keeps_strides,
+    max_abs_truth,
     pool_truth,
     relu_backward_truth,
     relu_truth,
@@ -60,7 +62,7 @@ def test_equals_the_truth(case, subject, dtype):
             before = [x.clone() for x in given_]
             results = case(*given_)
         assert {result.device for result in results} == {given_[0].device}
-        assert results[0].dtype == dtype
+        assert results[0].dtype == (F32 if case.sums and dtype != F64 else dtype)
         assert_all_same(results, expected, signed=case.signed)
         if not case.in_place:
             assert_all_same(given_, [x.cpu() for x in before])
@@ -187,6 +189,54 @@ def test_relu_of_any_strides(subject, data, values, dtype, seed, rule):
         result = ops.relu_backward(signal.to(device), mask, out.shape, out.stride(), rule)
     assert_all_same((out, mask), relu_truth(x))
     assert_same(result, relu_backward_truth(signal, mask.cpu(), size, out.stride(), rule))
+
+
+bounds = st.sampled_from([-0.7, -0.1, -0.0, 0.0, 0.1, 1 / 3, 1.0, 33.3, float("inf")])
+
+
+@pytest.mark.parametrize("subject", subjects("relu"))
+@given(st.lists(st.integers(0, 9), max_size=4), values, dtypes, layouts, seeds, bounds, bounds, st.booleans())
+def test_relu_of_any_bounds(subject, size, values, dtype, arrangement, seed, one, other, capped):
+    lower, upper = sorted([one, other])
+    upper = upper if capped else None
+    x = drawing(dtype, values, seed)(*size)
+    x = ARRANGEMENTS[arrangement](x) if x.dim() == 4 else x
+    with serving(subject) as device:
+        results = ops.relu(x.to(device), lower, upper)
+    assert_all_same(results, relu_truth(x, lower, upper), signed=False)
+
+
+@st.composite
+def convolutions(draw):
+    """The size of an input and of a weight that fits into it, and the geometry."""
+    kernel, stride, dilation, padding = (
+        draw(st.tuples(*[st.integers(low, high)] * 2)) for low, high in ((1, 4), (1, 3), (1, 2), (0, 2))
+    )
+    least = [(k - 1) * d + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    size = [draw(st.integers(max(1, n), max(1, n) + 6)) for n in least]
+    weight = (draw(st.sampled_from([1, 3, 16, 19])), draw(st.integers(1, 4)), *kernel)
+    return size, weight, {"stride": stride, "padding": padding, "dilation": dilation}
+
+
+@pytest.mark.parametrize("subject", subjects("conv2d_input_grad"))
+@given(convolutions(), st.integers(1, 2), st.sampled_from([TIES, ()]), dtypes, layouts, seeds)
+def test_input_gradients_of_any_geometry(subject, convolution, batch, values, dtype, arrangement, seed):
+    size, shape, options = convolution
+    weight = drawing(dtype, values, seed)(*shape)
+    maps = torch.nn.functional.conv2d(torch.zeros(1, shape[1], *size), weight.float(), **options).shape[2:]
+    signal = ARRANGEMENTS[arrangement](drawing(dtype, values, seed + 1)(batch, shape[0], *maps))
+    with serving(subject) as device:
+        result = ops.conv2d_input_grad(signal.to(device), weight.to(device), size, **options)
+    assert_all_same((result,), (conv_truth(signal, weight, size, **options),), signed=False)
+
+
+@pytest.mark.parametrize("subject", subjects("max_abs_channels"))
+@given(st.tuples(*[st.integers(1, n) for n in (2, 19, 9, 9)]), values, dtypes, layouts, seeds)
+def test_largest_magnitudes_of_any_size(subject, shape, values, dtype, arrangement, seed):
+    x = ARRANGEMENTS[arrangement](drawing(dtype, values, seed)(*shape))
+    with serving(subject) as device:
+        result = ops.max_abs_channels(x.to(device))
+    assert_same(result, max_abs_truth(x))
 
 
 # ----------------------------------------------------------------------------------- large, in place, exact
@@ -385,6 +435,24 @@ def test_switch_of_one_window(subject, window, with_relu, without):
                 (torch.full((1, 1, 1, 1), value), torch.full_like(switches, switch).cpu()),
                 signed=False,
             )
+
+
+@pytest.mark.parametrize("kernel", [(3, 3000), (3001, 3), (65, 64), (46000, 46000)])
+@pytest.mark.parametrize("subject", [s for s in subjects("relu_max_pool2d") if s != "reference"])
+def test_a_window_much_larger_than_the_map(subject, kernel):
+    """The kernel's own way for those: against PyTorch's pooling, which the reference of so many positions is not."""
+    padding = tuple(k // 2 for k in kernel)
+    x = drawing(F32, ())(2, 3, 5, 7).requires_grad_()
+    plain = torch.nn.functional.max_pool2d(x.relu(), kernel, 2, padding)
+    signal = drawing(F32, (), 1)(*plain.shape)
+    expected = torch.autograd.grad(plain, x, signal)[0]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with serving(subject) as device:
+            data = x.detach().to(device, memory_format=layout)
+            out, switches = ops.relu_max_pool2d(data, kernel, 2, padding)
+            found = ops.switch_unpool2d(signal.to(device), switches, (5, 7), kernel, 2, padding)
+        assert_same(out, plain.detach())
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 # By hand: two 1x2 windows of stride 1 that share position 1, and what the rules let through there.

@@ -111,7 +111,10 @@ def test_equals_the_sum_written_out_in_float64(images, method, n_steps):
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_captum(images, method):
     method_of_captum = IntegratedGradients(net(), compat="captum")
-    for n_steps, baseline in ((50, None), (13, 0.25), (6, normal(1, 3, 13, 11)), (6, images.flip(0))):
+    for n_steps, baseline in (
+        (50, None), (13, 0.25), (6, normal(1, 3, 13, 11)), (6, images.flip(0)),
+        (6, normal(1, 1, 13, 11)), (6, normal(1, 3, 1, 1)),
+    ):  # fmt: skip
         for target in (2, -1, [0, 1, 6], torch.tensor([5, 1, 0]), (3,), [(0,), (1,), (2,)]):
             expected = by_captum(net(), images, baseline, target, n_steps=n_steps, method=method)
             found = method_of_captum.attribute(images, baseline, target, n_steps=n_steps, method=method)
@@ -881,6 +884,29 @@ def test_reduced_precision_layouts_integers_and_empty_batches(images):
     assert tunnel.attribute(images[:0], target=1).shape == (0, 3, 13, 11)
 
 
+def test_a_tunnel_in_a_tunnel_draws_its_own_noise() -> None:
+    x = torch.zeros(2, 3, 64, 64)
+    for samples in (1, 4):
+        found = NoiseTunnel(NoiseTunnel(Echo())).attribute(x, nt_samples=samples)
+        # The inner tunnel has its 5 samples of deviation 1 for each of the outer one's.
+        assert float(found.std()) == pytest.approx((1 / samples + 1 / (5 * samples)) ** 0.5, rel=0.02)
+    again = NoiseTunnel(NoiseTunnel(Echo())).attribute(x, nt_samples=4)
+    assert torch.equal(found, again)
+
+
+def test_a_method_that_takes_a_seed_gets_the_tunnels(images: Tensor) -> None:
+    rise = attr.RISE(net())
+    options = {"nt_samples": 1, "stdevs": 0.0, "n_masks": 30}
+    first, same, other = (
+        NoiseTunnel(rise).attribute(images, target=1, seed=seed, **options) for seed in (-1, -1, 2)
+    )
+    assert torch.equal(first, same) and not torch.allclose(first, other)
+    many = NoiseTunnel(rise).attribute_many(images, [1, 2], seed=2, **options)
+    assert_equal_to(many[0], other)
+    assert_equal_to(NoiseTunnel(attr.Saliency(net())).attribute(images, target=1, seed=3, stdevs=0.0),
+                    attr.Saliency(net()).attribute(images, 1))  # fmt: skip
+
+
 def test_inputs_stay_as_they_were(images):
     x = images.clone().requires_grad_()
     tunnel = NoiseTunnel(attr.Saliency(net()))
@@ -904,7 +930,7 @@ def test_progress_counts_the_samples(images, capsys):
     [
         ({"nt_type": "grad"}, AssertionError, "'grad'"),
         ({"nt_samples": 0}, ValueError, "nt_samples"),
-        ({"nt_samples": None}, ValueError, "nt_samples"),
+        ({"nt_samples": None}, ValueError, "nt_samples must be an int of at least 1, but it is None"),
         ({"nt_samples": 2.0}, ValueError, "2.0"),
         ({"nt_samples_batch_size": 0}, ValueError, "nt_samples_batch_size"),
         ({"stdevs": -0.5}, ValueError, "-0.5"),

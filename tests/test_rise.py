@@ -372,6 +372,21 @@ def test_a_function_that_mixes_its_batch_gets_single_images(images):
     assert set(counts[-40:]) == {1}
 
 
+def test_a_function_of_one_batch_size_gets_what_was_asked_for(images, net):
+    """As an exported model that was traced with a batch of 4."""
+
+    def fixed(x):
+        assert len(x) == 4, f"{len(x)} images"
+        return net(x)
+
+    found = RISE(fixed).attribute(images, 1, n_masks=20, batch_size=4)
+    torch.testing.assert_close(found, RISE(net).attribute(images, 1, n_masks=20))
+    with pytest.raises(AssertionError, match="1 images"):
+        RISE(fixed).attribute(images, 1, n_masks=20)
+    with pytest.raises(AssertionError, match="5 images"):
+        RISE(fixed).attribute(images, 1, n_masks=20, batch_size=5)
+
+
 def test_a_random_function_goes_on_as_if_it_had_not_been_looked_at(images):
     """Single images, and no number drawn for the checks."""
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import convviz_cuda as cv
@@ -173,6 +175,27 @@ def test_relu6_and_hardtanh(images, rule):
         torch.testing.assert_close(by_engine(chain, relu, images, rule), expected, rtol=1e-12, atol=1e-12)
 
 
+class Subclass(Tensor):
+    """As MONAI's and fastai's images are: PyTorch's own behaviour, and views of what operations give."""
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_subclass_of_tensor(images, spelling, rule):
+    relu = SPELLINGS[spelling]
+    for net in (chain, pooled, pooled_and_read):
+        found = by_engine(
+            lambda x, relu, net=net: net(x.as_subclass(Subclass), relu), relu, images, rule
+        ).as_subclass(Tensor)
+        torch.testing.assert_close(found, by_oracle(net, images, rule), rtol=1e-12, atol=1e-12)
+    with cv.backward_rule(rule):
+        h = (images.clone().requires_grad_() * 1).as_subclass(Subclass)
+        changed = relu(h)
+        assert (changed is h) == ("in place" in spelling or spelling == "torch.relu_") and torch.equal(
+            changed, images.relu()
+        )
+
+
 # ------------------------------------------------------------------------------------ pooling and its gate
 
 
@@ -284,6 +307,68 @@ def test_max_pool_spellings(images):
             )
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, 2),
+        nn.MaxPool2d(3, 2, return_indices=True),
+        lambda x: F.max_pool2d_with_indices(x, 3, 2),
+        lambda x: torch.ops.aten.max_pool2d_with_indices.default(x, [3, 3], [2, 2]),
+        lambda x: torch._C._nn.max_pool2d_with_indices(x, [3, 3], [2, 2]),
+    ],
+)
+def test_the_largest_of_overlapping_signals_wins(pool):
+    """One maximum in four windows, whose signals are 1, 2, 3 and 4."""
+    x = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    x[0, 0, 2, 2] = 1.0
+    signal = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], dtype=torch.float64)
+    for overlap, expected in (("sum", 10.0), ("overwrite", 4.0)):
+        leaf = x.clone().requires_grad_()
+        with cv.backward_rule("deconvnet", overlap=overlap):
+            out = pool(F.relu(leaf))
+            if isinstance(out, tuple):
+                assert torch.equal(out[1], torch.full((1, 1, 2, 2), 12))
+                out = out[0]
+            assert torch.equal(out.detach(), torch.ones(1, 1, 2, 2, dtype=torch.float64))
+            assert torch.equal(torch.autograd.grad(out, leaf, signal)[0], x * expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "settings", "text"),
+    [
+        (nn.AdaptiveMaxPool2d(4), {"overlap": "overwrite"}, "overlap='overwrite' .* adaptive max pooling"),
+        (nn.MaxPool3d(3, 2), {"overlap": "overwrite"}, "overlap='overwrite' .* other than max_pool2d"),
+        (nn.FractionalMaxPool2d(2, 5), {"overlap": "overwrite"}, "overlap='overwrite' .* fractional"),
+        (nn.CrossMapLRN2d(3, alpha=1.0), {}, "norm='identity' .* nn.CrossMapLRN2d"),
+    ],
+)
+def test_what_the_settings_do_not_act_on_is_warned_about(images, layer, settings, text):
+    def gradient(rule, **options):
+        x = images.clone().requires_grad_()
+        with cv.backward_rule(rule, **options):
+            out = layer(F.conv2d(F.relu(x), W1))
+            return torch.autograd.grad(out.sum(), x)[0]
+
+    with pytest.warns(UserWarning, match=text):
+        gradient("deconvnet", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient("guided")
+
+
+@pytest.mark.parametrize("kernel", [46341, 70000])
+def test_a_window_of_more_positions_than_a_switch_holds_is_pytorchs(kernel):
+    x = weights(1, 2, 3, 3).requires_grad_()
+
+    def gradient():
+        out = F.max_pool2d(x * 1, kernel, kernel, kernel // 2)
+        return torch.autograd.grad(out.sum(), x)[0]
+
+    with cv.backward_rule("gradient"):
+        found = gradient()
+    assert torch.equal(found, gradient()) and found.sum() == 2
+
+
 def test_too_large_a_window_raises_pytorchs_error(images):
     with pytest.raises(RuntimeError, match="too small"), cv.backward_rule("guided"):
         F.max_pool2d(F.relu(images.requires_grad_()), 40)
@@ -361,6 +446,37 @@ def test_weights_are_constants_and_get_no_grad(images):
     with cv.backward_rule("gradient"):
         net(x).sum().backward()
     assert x.grad is not None and all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True), nn.LayerNorm(11), nn.RMSNorm(11), nn.PReLU(6)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_parameters_of_other_layers_are_constants(images, layer):
+    layer = copy.deepcopy(layer).double()
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -1, 1)
+
+    def gradient(context):
+        x = images.clone().requires_grad_()
+        with context:
+            layer(F.conv2d(x, W1)).square().sum().backward()
+        return x.grad
+
+    found = gradient(cv.backward_rule("gradient"))
+    assert all(p.grad is None and p.requires_grad for p in layer.parameters())
+    torch.testing.assert_close(found, gradient(contextlib.nullcontext()), rtol=1e-12, atol=1e-12)
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_parameters_of_embeddings_are_constants():
+    embedding, bilinear = nn.Embedding(5, 4).double(), nn.Bilinear(4, 3, 2).double()
+    x = weights(2, 3).requires_grad_()
+    with cv.backward_rule("gradient"):
+        bilinear(embedding(torch.tensor([1, 3])), x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in (*embedding.parameters(), *bilinear.parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -459,6 +575,41 @@ def test_two_threads_do_not_meet(images):
     assert not wrong and clean()
 
 
+def test_one_session_in_two_threads(images):
+    """Each thread gets back the context that it was in, whatever the order in which they leave."""
+    session, inside, left = cv.backward_rule("guided"), threading.Event(), threading.Event()
+    found = {}
+
+    def gradient_recorded_before():
+        x = images.clone().requires_grad_()
+        with cv.backward_rule("gradient"):
+            return pooled(x, F.relu).sum(), x
+
+    def first():
+        y, x = gradient_recorded_before()
+        with session:
+            session.expects_rectifier = False
+            inside.wait(60)
+        found["first"] = torch.autograd.grad(y, x)[0]
+        left.set()
+
+    def second():
+        y, x = gradient_recorded_before()
+        with cv.backward_rule("deconvnet"):
+            with session:
+                inside.set()
+                left.wait(60)
+            found["second"] = torch.autograd.grad(y, x)[0]
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, rule in (("first", "gradient"), ("second", "deconvnet")):
+        torch.testing.assert_close(found[name], by_oracle(pooled, images, rule), rtol=1e-12, atol=1e-12)
+
+
 def test_a_thread_without_the_context_sees_plain_pytorch(images):
     found = []
 
@@ -495,6 +646,11 @@ def test_double_backward(images):
     for rule in ("guided", "deconvnet"):
         with pytest.raises(RuntimeError, match=f"Double backward through the {rule} rule"):
             hessian_vector(cv.backward_rule(rule))
+        x = images.clone().requires_grad_()
+        with cv.backward_rule(rule):
+            first = torch.autograd.grad(pooled(x, F.relu).sum(), x, create_graph=True)[0]
+            with pytest.raises(RuntimeError, match=f"taken under the rule '{rule}': double backward is not"):
+                torch.autograd.grad(first.sum(), x)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -552,7 +708,11 @@ def test_unknown_rules_are_refused():
 
 @pytest.mark.parametrize(
     ("layer", "text"),
-    [(nn.BatchNorm2d(6), "Batch norm runs in training"), (nn.Dropout(0.3), r"Dropout \(p=0.3\)")],
+    [
+        (nn.BatchNorm2d(6), "Batch norm runs in training"),
+        (nn.BatchNorm2d(6, track_running_stats=False), "Batch norm without running statistics"),
+        (nn.Dropout(0.3), r"Dropout \(p=0.3\)"),
+    ],
 )
 def test_training_mode_is_warned_about(images, layer, text):
     with pytest.warns(UserWarning, match=text), cv.backward_rule("guided"):
@@ -568,6 +728,100 @@ def test_a_forward_without_a_relu_is_warned_about(images):
             F.conv2d(images, W1)
         with cv.backward_rule("guided"):
             F.relu(F.conv2d(images, W1))
+
+
+@pytest.mark.parametrize("spelling", ["scripted", "traced", "a part scripted"])
+def test_what_is_compiled_is_warned_about(images, spelling):
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU6()).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's of torch.jit's age
+        if spelling == "traced":
+            hidden = torch.jit.trace(net, images)
+        elif spelling == "scripted":
+            hidden = torch.jit.script(net)
+        else:
+            hidden = nn.Sequential(net[:2], torch.jit.script(net[2:]))
+    for _ in range(3):  # the first runs record PyTorch's nodes, later ones a node of the compiled graph
+        with pytest.warns(UserWarning, match="The rule 'guided' does not act on a"):
+            by_engine(lambda x, _: hidden(x), None, images, "guided")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            by_engine(lambda x, _: hidden(x), None, images, "gradient")
+
+
+def test_a_forward_of_another_thread_is_warned_about(images):
+    def elsewhere(x, relu):
+        made = []
+        thread = threading.Thread(target=lambda: made.append(chain(x, relu)))
+        thread.start()
+        thread.join()
+        return made[0]
+
+    with pytest.warns(UserWarning, match="does not act on a ReLU in this graph"):
+        by_engine(elsewhere, F.relu, images, "deconvnet")
+    with pytest.warns(UserWarning, match="does not act on a ReLU in this graph"):
+        by_engine(lambda x, relu: pooled(elsewhere(x, relu)[:, :3], relu), F.relu, images, "guided")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "what"),
+    [
+        (lambda x: x.clamp(min=0), r"clamp\(min=0\)"),
+        (lambda x: torch.clamp_min(x, 0.0), r"clamp\(min=0\)"),
+        (lambda x: F.threshold(x, 0.0, 0.0), "F.threshold"),
+        (nn.RNN(13, 4, nonlinearity="relu", batch_first=True).double(), "a ReLU"),
+    ],
+)
+def test_what_stands_for_a_relu_beside_others_is_warned_about(images, hidden, what):
+    def net(x, relu):
+        out = hidden(relu(F.conv2d(x, W1, padding=1))[:, 0])
+        return out[0] if isinstance(out, tuple) else out
+
+    with pytest.warns(UserWarning, match=f"does not act on {what} in this graph"):
+        by_engine(net, F.relu, images, "guided")
+
+
+def test_what_stands_for_no_relu_is_not_warned_about(images):
+    def net(x, relu):
+        h = F.threshold(relu(F.conv2d(x, W1)).clamp(1e-6, 3), 0.1, 0.1)
+        return h.clamp(max=0.5) + F.softplus(h)
+
+    x = images.clone().requires_grad_()
+    below = F.relu(F.conv2d(x, W1))  # outside of the context, but below what is differentiated by
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_engine(net, F.relu, images, "guided")
+        with cv.backward_rule("guided"):
+            torch.autograd.grad(F.relu(F.conv2d(below, W2)).sum(), below)
+
+
+@pytest.mark.parametrize("call", ["method", "function"])
+def test_a_reentrant_checkpoint_is_warned_about(images, call):
+    x = images.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="does not act on a checkpoint"), cv.backward_rule("guided"):
+        h = torch.utils.checkpoint.checkpoint(lambda v: F.relu(F.conv2d(v, W1)), x, use_reentrant=True)
+        y = F.conv2d(F.relu(h), W2).sum()
+        y.backward() if call == "method" else torch.autograd.backward([y])
+    assert x.grad is not None
+
+
+def test_another_checkpoint_is_refused_with_a_sentence(images):
+    x = images.clone().requires_grad_()
+    with cv.backward_rule("guided"):
+        y = torch.utils.checkpoint.checkpoint(lambda v: F.relu(F.conv2d(v, W1)), x, use_reentrant=False)
+        with pytest.raises(RuntimeError, match=r"call the model without torch\.utils\.checkpoint"):
+            torch.autograd.grad(y.sum(), x)
+
+
+def test_a_session_entered_again_warns_again(images):
+    session = cv.backward_rule("guided")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with session:
+            F.relu(F.conv2d(images, W1))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="No ReLU was seen"), session:
+            F.conv2d(images, W1)
 
 
 def test_an_exported_graph_is_seen(images):
@@ -676,6 +930,31 @@ def test_torch_func_inside_is_refused(images):
     with cv.backward_rule("gradient"):
         found = torch.func.grad(lambda v: F.relu(v).sum())(images)
     assert torch.equal(found, (images > 0).double())
+
+
+def test_a_wrong_size_of_adaptive_pooling_raises_pytorchs_error(images):
+    for size in ((1,), (1, 2, 3)):
+        with pytest.raises(Exception) as plain:
+            F.adaptive_avg_pool2d(images, size)
+        with pytest.raises(plain.type, match=re.escape(str(plain.value))), cv.backward_rule("gradient"):
+            F.adaptive_avg_pool2d(images.requires_grad_(), size)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 0.7), (torch.bfloat16, 1 / 3), (torch.float16, 1 / 3)]
+)
+def test_hardtanh_at_a_bound_that_the_dtype_rounds(dtype, bound):
+    x = torch.tensor([bound, -bound, 0.0], dtype=dtype)
+
+    def gradient(context):
+        leaf = x.clone().requires_grad_()
+        with context:
+            out = F.hardtanh(leaf, -bound, bound)
+            return out.detach(), torch.autograd.grad(out.sum(), leaf)[0]
+
+    found, expected = gradient(cv.backward_rule("gradient")), gradient(contextlib.nullcontext())
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert expected[1].tolist() == [float(float(x[0]) < bound)] * 2 + [1.0]
 
 
 def test_zero_is_a_size_of_adaptive_pooling(images):

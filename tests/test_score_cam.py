@@ -134,3 +134,38 @@ def test_a_function_that_mixes_a_batch_is_refused(rows: str) -> None:
     with pytest.raises(AssertionError, match="must return scores of each image"):
         target = None if rows == "one" else 1
         attr.ScoreCam(mixed, model.features).attribute(x, target, batch_size=4)
+
+
+def test_a_function_of_one_batch_size_gets_what_was_asked_for() -> None:
+    """As an exported model that was traced with a batch of 3."""
+
+    class Fixed(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) == 3, f"{len(x)} images"
+            return super().forward(x)
+
+    x = images(3)
+    found = attr.ScoreCam(built(Fixed), "features").attribute(x, 1, batch_size=3)
+    close(found, attr.ScoreCam(built(Plain), "features").attribute(x, 1))
+
+
+def test_memory_is_limited() -> None:
+    counts: list[int] = []
+
+    class Counted(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            counts.append(len(x))
+            return super().forward(x)
+
+    model, x = built(Counted), images(2)
+    method = attr.ScoreCam(model, "features")
+    expected = method.attribute(x, 1)
+    assert max(counts) >= 8
+    counts.clear()
+    close(method.attribute(x, 1, memory_limit=1), expected)
+    assert max(counts) == 2  # the whole batch, whose maps are read; then single images
+    counts.clear()
+    close(method.attribute_many(x, [0, 1], memory_limit=1)[1], expected)
+    assert max(counts) == 2
+    with pytest.raises(ValueError, match="memory_limit must be an int of at least 1, but it is 0"):
+        method.attribute(x, 1, memory_limit=0)

@@ -24,6 +24,7 @@ from convviz_cuda import _sweep_engines as engines
 from convviz_cuda import _sweep_plan
 from convviz_cuda import sweep as sweep_module
 from convviz_cuda import window_ops as ops
+from convviz_cuda._draws import drawn_from
 from convviz_cuda._layers import Layer
 from convviz_cuda._sweep_plan import Costs, Geometry, costs, window_spans
 from convviz_cuda.fills import fill_values
@@ -493,6 +494,28 @@ def test_a_model_in_bfloat16():
     close(occlusion_sweep(model, x, 8, 8).scores().float(), brute_force(model, x, 8, 8).float(), 0.05)
 
 
+@pytest.mark.parametrize("incremental", [True, False])
+def test_sums_over_maps_that_float16_cannot_hold(incremental):
+    """The average is within its range, the sum of a rectangle is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()  # fmt: skip
+    x = images(1, 3, 96, 96, torch.float32).abs() * 40 + 20
+    with torch.no_grad():
+        model[0].weight.abs_()
+    truth = brute_force(model.double(), x.double(), 64, 32)
+    sums = brute_force(lambda y: model[:2](y).sum((2, 3)), x.double(), 64, 32)
+    assert sums.max() - sums.min() > 2 * torch.finfo(torch.float16).max
+    model = model.half()
+    sweep = occlusion_sweep(model, x.half(), 64, 32, incremental=incremental)
+    close(sweep.scores().double(), truth, 0.01)
+    close(sweep.activation_map("1", 2).double(), sums[..., 2], 0.01)
+    if incremental:
+        reduced = occlusion_sweep(model.float(), x, 64, 32, dtype=torch.float16)
+        assert reduced.error < 0.01
+
+
 # -- brute force where there is no other way
 
 
@@ -737,6 +760,44 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(monkeypatch, incremental):
     assert before[0] == 0 and before[-1] + sum(advanced) == total
 
 
+def test_reductions_are_neither_kept_nor_piled_up():
+    sweep = occlusion_sweep(small_net(), images(1, 3, 40, 40), 8, 1, memory_limit=1 << 20)
+
+    def stopping(part):
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            sweep.reduce(lambda part: stopping(part))
+    assert len(sweep._passes) == 1
+    calls = []
+    for number in range(12):
+        column = sweep.reduce(lambda part, k=number: calls.append(k) or part[:, k % 5])
+        assert torch.equal(column, sweep.score_map(number % 5))
+    assert set(calls) == set(range(12))
+    for number in range(5):  # each of the size that is remembered
+        sweep.probability_map(number)
+    assert sum(each.nbytes for each in sweep._results.values()) <= 2 * sweep.memory_limit // 64
+    assert sweep._results and not any(callable(name) for name in sweep._results)
+
+
+def test_an_interrupted_pass_outlives_others():
+    sweep, x = occlusion_sweep(small_net(), images(1, 3, 40, 40), 8, 2, incremental=False), []
+
+    def first_part_only(part):
+        if x:
+            raise KeyboardInterrupt
+        x.append(len(part))
+        return part[:, :2]
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep.reduce(first_part_only)
+    sweep.label_map()
+    done, x[:] = x[0], []
+    (state,) = sweep._passes.values()
+    assert int(state.left.sum()) == sweep.evaluated.numel() - done
+
+
 def test_progress_counts_windows(capsys):
     sweep = occlusion_sweep(small_net(), images(2), 8, 8, progress=True)
     sweep.scores()
@@ -799,6 +860,47 @@ def test_refine_evaluates_where_the_map_varies():
     assert sweep.label_map().shape == where.shape
 
 
+@pytest.mark.parametrize("limit", [None, 1 << 20])
+def test_refine_answers_the_same_each_time(limit):
+    """What was evaluated is interpolated, whether it comes out of a pass or out of remembered scores."""
+    x, model = images(2, 3, 40, 40), small_net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
+        model[-1].weight.mul_(50)
+        model[-1].bias.sub_(model(x).mean(0))
+    sweep = occlusion_sweep(model, x, 6, 1, refine=4, refine_tolerance=1, memory_limit=limit)
+    truth = brute_force(model, x, 6, 1)
+    labels, probabilities = sweep.label_map(), sweep.probability_map(0)
+    assert truth.argmax(-1).unique().numel() > 1
+    where = sweep.evaluated
+    assert torch.equal(labels[where], truth.argmax(-1)[where])
+    for _ in range(2):
+        sweep.scores()
+        assert torch.equal(sweep.label_map(), labels) and torch.equal(sweep.probability_map(0), probabilities)
+    inner = truth.softmax(-1)[..., 0]
+    middle = (inner[:, 0, 0] + inner[:, 0, 4] + inner[:, 4, 0] + inner[:, 4, 4]) / 4
+    close(probabilities[:, 2, 2], middle)  # of the probabilities, not that of interpolated scores
+
+
+def test_refine_looks_at_the_classes_that_are_asked_for():
+    class Corner(nn.Module):
+        """Class 1 depends on a small square, and is never the best one."""
+
+        def forward(self, y):
+            return torch.stack([100 + y.mean((1, 2, 3)), y[:, 0, 20:24, 20:24].sum((1, 2))], 1)
+
+    model, x = Corner().eval(), torch.ones(1, 3, 40, 40)
+    whole = occlusion_sweep(model, x, 4, 1).score_map(1)
+    unseen = occlusion_sweep(model, x, 4, 1, refine=3)
+    assert "every 3th window, and all where the map of the class of the clean image" in unseen.explain()
+    asked = occlusion_sweep(model, x, 4, 1, refine=3, targets=[1])
+    assert "of the classes [1] varies" in asked.explain()
+    assert unseen.evaluated.sum() < asked.evaluated.sum() < asked.evaluated.numel()
+    assert (unseen.score_map(1) - whole).abs().max() > 0.5 * 16
+    close(asked.score_map(1), whole)
+
+
 def test_refine_without_tolerance_is_the_whole_sweep():
     model, x = small_net(), images(2)
     sweep = occlusion_sweep(model, x, 5, 2, refine=3, refine_tolerance=0.0)
@@ -834,7 +936,7 @@ def test_refine_counts_the_images_of_a_function():
     assert sum(seen) < sweep.evaluated.sum() + 8  # the clean image, and a look at whether others disturb it
     before = sum(seen)
     sweep.scores()
-    assert sum(seen) == before
+    assert sum(seen) == before + 1  # the clean image: whether the function still is the same
 
 
 # -- bad input
@@ -1079,6 +1181,108 @@ def test_changes_of_settings_are_noticed():
     close(occlusion_sweep(model, x, 8, 8, fill=-2.0).scores(), brute_force(model, x, 8, 8, -2.0))
 
 
+class Settings(nn.Module):
+    """What a forward may depend on, besides parameters and plain attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bounds, self.low, self.net = {"low": [0.0]}, torch.tensor(0.0).double(), small_net()
+
+    def forward(self, x):
+        return self.net(torch.maximum(x, self.low).clamp(min=self.bounds["low"][0]))
+
+
+def test_changes_that_show_under_the_occluder_only():
+    """Neither in the scores of the clean image, all of whose pixels are above 1, nor as another version."""
+    x = images(1).abs() + 1
+
+    def lift(model):
+        model.bounds["low"][0] = 0.9
+
+    def write(model):
+        model.low.fill_(0.9)
+
+    def replace(model):
+        model.low = torch.tensor(0.9).double()
+
+    for change in (lift, write, replace):
+        model = Settings().eval()
+        occlusion_sweep(model, x, 8, 8).scores()
+        change(model)
+        close(occlusion_sweep(model, x, 8, 8).scores(), brute_force(model, x, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), small_net()[-3:]).double().eval()
+    model[2][2] = nn.Linear(2, 3).double().eval()
+    with torch.no_grad():
+        model[0].weight.fill_(-0.9)
+        model[0].bias.fill_(2.0)  # dead on the clean image
+    occlusion_sweep(model, x, 8, 8).scores()
+    model[0].bias.data.fill_(1.0)
+    close(occlusion_sweep(model, x, 8, 8).scores(), brute_force(model, x, 8, 8))
+
+
+OUTSIDE = [0.0]
+
+
+def test_changes_of_globals_are_seen_under_a_window():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return self.net(x.clamp(min=OUTSIDE[0]))
+
+    model, x = Reads().eval(), images(1).abs() + 1
+    try:
+        for dtype in (None, torch.bfloat16):
+            OUTSIDE[0] = 0.0
+            occlusion_sweep(model, x, 8, 8, dtype=dtype).scores()
+            OUTSIDE[0] = 0.9
+            found = occlusion_sweep(model, x, 8, 8, dtype=dtype).scores()
+            close(found.double(), brute_force(model, x, 8, 8), 1e-10 if dtype is None else 0.1)
+        OUTSIDE[0] = 1.5  # under a window over everything nothing of it shows, but on the clean image
+        close(occlusion_sweep(model, x, 24, 8, fill=5.0).clean, model(x))
+    finally:
+        OUTSIDE[0] = 0.0
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_changes_without_a_version_after_the_sweep_was_made(incremental):
+    for behind in (lambda net: net, lambda net: net.__call__, lambda net: lambda y: net(y)):
+        for change in (lambda p: p.data.add_(5.0), lambda p: p.requires_grad_(False).add_(5.0)):
+            net, x = small_net(), images(2)
+            sweep, twin = (occlusion_sweep(behind(net), x, 8, 8, incremental=incremental) for _ in range(2))
+            close(sweep.scores(), brute_force(net, x, 8, 8))
+            change(net[-1].bias)
+            with pytest.raises(RuntimeError, match="changed after the sweep"):
+                twin.scores()
+            sweep.score_map(0)  # out of the scores that are remembered
+
+
+def test_what_a_forward_leaves_aside_is_no_change(monkeypatch):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls, self.kept, self.shapes = small_net(), 0, None, []
+
+        def forward(self, x):
+            self.kept, self.calls, self.shapes = x * 1.0, self.calls + 1, [*self.shapes, x.shape[0]]
+            return self.net(x)
+
+    exports, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: exports.append(1) or export(*a, **k))
+    model, x = Aside().eval(), images(1)
+    for _ in range(3):
+        close(occlusion_sweep(model, x, 8, 8).scores(), brute_force(model, x, 8, 8))
+    assert len(exports) == 1
+
+
+def test_functions_that_are_random_in_their_own_way_are_served():
+    generator = torch.Generator().manual_seed(0)
+    sweep = occlusion_sweep(lambda y: average(y) + torch.rand(3, generator=generator), images(1), 8, 8)
+    assert sweep.scores().shape == (1, 3, 3, 3)
+
+
 def test_changes_after_the_sweep_was_made():
     model, x = small_net(), images(1).contiguous(memory_format=torch.channels_last)
     truth = brute_force(model, x, 8, 8)
@@ -1139,11 +1343,36 @@ def test_models_for_one_image_and_in_training_mode():
         return net(y)
 
     close(occlusion_sweep(single, x, 8, 8).scores(), brute_force(net, x, 8, 8))
-    ours, theirs = small_net().train(), small_net().train()
-    batch = images(2)
-    occlusion_sweep(ours, batch, 8, 8)
-    theirs(batch)
-    assert torch.equal(ours[1].running_mean, theirs[1].running_mean)
+    model, batch = nn.Sequential(small_net(), nn.Dropout(0.5)).train(), images(2)
+    before = [torch.get_rng_state(), *(b.clone() for b in model.buffers())]
+    with pytest.warns(UserWarning, match="BatchNorm2d.*random .Dropout.*all images together"):
+        sweep = occlusion_sweep(model, batch, 8, 8)
+    scores = sweep.scores()
+    assert all(map(torch.equal, before, [torch.get_rng_state(), *model.buffers()]))
+    assert all(module.training for module in model.modules())
+    # All images of a position in one forward, each with the same noise.
+    with drawn_from():
+        factors = model[1](torch.ones(2, 5, dtype=torch.float64))
+    model[1].eval()
+    close(scores, brute_force(model, batch, 8, 8) * factors[:, None, None])
+
+
+def test_random_functions_leave_the_random_state_alone():
+    net, x = small_net(), images(2)
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, y):
+            return self.net(y) + torch.randn(5) * 1e-3
+
+    before = torch.get_rng_state()
+    for model in (Noisy().eval(), lambda y: F.dropout(net(y))):
+        sweeps = [occlusion_sweep(model, x, 8, 8) for _ in range(2)]
+        assert torch.equal(sweeps[0].scores(), sweeps[1].scores())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Flat(nn.Module):
@@ -1315,10 +1544,43 @@ def test_a_module_that_returns_something_else():
         model(x)
     sweep = occlusion_sweep(model, x, 8, 8)
     truth = brute_force(lambda y: model.block(y).sum((2, 3)), x, 8, 8)[..., 1]
-    with pytest.raises(ValueError, match="incremental=False serves"):
-        sweep.activation_map("block", 1)
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.activation_map("block", 1), truth)
     whole = occlusion_sweep(model, x, 8, 8, incremental=False)
     close(whole.activation_map("block", 1), truth)
+
+
+class Passing(nn.Module):
+    """An identity, a global average, a module whose output nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.same, self.pool = nn.Conv2d(3, 4, 3), nn.Identity(), nn.AdaptiveAvgPool2d(1)
+        self.unread, self.head = nn.Conv2d(4, 2, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.same(self.a(x))
+        self.unread(x)
+        return self.head(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("layer", ["same", "pool", "unread"])
+def test_layers_that_the_captured_network_does_not_have(layer):
+    torch.manual_seed(0)
+    model, x = Passing().double().eval(), images(2)
+    parts = {
+        "same": lambda y: model.a(y),
+        "pool": lambda y: model.pool(model.a(y)),
+        "unread": lambda y: model.unread(model.a(y)),
+    }
+    truth = brute_force(lambda y: parts[layer](y).sum((2, 3)), x, 8, 6)
+    sweep = occlusion_sweep(model, x, 8, 6)
+    assert sweep.explain().startswith("Incremental")
+    close(sweep.activation_map(layer, 1), truth[..., 1])
+    maps = sweep.maps(0, layer, [1, 0])
+    close(maps.activation, torch.stack([truth[0, ..., 1], truth[1, ..., 0]]))
+    close(maps.probability, brute_force(model, x, 8, 6).softmax(-1)[..., 0])
+    assert (sweep._whole is None) == (layer == "pool")
 
 
 def test_a_layer_that_does_not_run():

@@ -377,15 +377,56 @@ def test_model_in_training_mode_is_evaluated_and_left_unchanged():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("layer", [None, "1.7"])
+def test_two_threads_over_a_model_in_training_mode(layer):
+    """The second thread begins while the first one is at work, and is at work when that one ends."""
+    here = {name: threading.Event() for name in ("first", "second")}
+    go = {name: threading.Event() for name in ("first", "second")}
+    modes = set()
+
+    class Gate(nn.Module):
+        def forward(self, x):
+            name = threading.current_thread().name
+            modes.add(tuple(m.training for m in model.modules()))
+            if name in here:
+                here[name].set()
+                assert go[name].wait(60)
+            return x
+
+    model = nn.Sequential(Gate(), net(), nn.Dropout(0.5)).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = {k: ClassModel(net(), layer and "7").generate([k], **SHORT).images for k in (1, 3)}
+    found = {}
+
+    def work(k):
+        found[k] = ClassModel(model, layer).generate([k], **SHORT).images
+
+    first, second = (
+        threading.Thread(target=work, args=(k,), name=name) for k, name in ((1, "first"), (3, "second"))
+    )
+    first.start()
+    assert here["first"].wait(60)
+    second.start()
+    assert here["second"].wait(60)
+    go["first"].set()
+    first.join()
+    go["second"].set()
+    second.join()
+    for k in (1, 3):
+        torch.testing.assert_close(found[k], expected[k])
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert modes == {(True,) * len(list(model.modules()))}  # nor does who trains meanwhile see another mode
+
+
 @pytest.mark.parametrize("layer", [None, "0"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_nothing_is_left_after_an_interruption(error, layer):
-    class Stops(nn.Module):
-        runs = 0
+    runs = []
 
+    class Stops(nn.Module):
         def forward(self, x):
-            self.runs += 1
-            if self.runs == 7:
+            runs.append(1)
+            if len(runs) == 7:
                 raise error
             return x
 

@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from convviz_cuda import attr, backward_rule
 from convviz_cuda.sweep import occlusion_sweep
@@ -16,7 +18,7 @@ models = pytest.importorskip(
     "torchvision.models", reason="torchvision is not installed beside this torch", exc_type=ImportError
 )
 
-# name: (pixels, Captum's guided backprop is right there: all ReLUs are modules and read alone)
+# name: (pixels, Captum's guided backprop is right there: no functional ReLU, no ReLU6, no sum that is gated as a whole)
 NETWORKS = {
     "alexnet": (63, True),
     "vgg16": (32, True),
@@ -36,11 +38,11 @@ def network(name: str) -> torch.nn.Module:
 
 @pytest.fixture(params=NETWORKS)
 def case(request):
-    pixels, captum_is_right = NETWORKS[request.param]
+    pixels, _ = NETWORKS[request.param]
     images = torch.randn(
         1, 3, pixels, pixels, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    return network(request.param), images, captum_is_right
+    return network(request.param), images
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -48,28 +50,77 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_saliency_is_autograd(case):
-    model, images, _ = case
+    model, images = case
     x = images.clone().requires_grad_()
     expected = torch.autograd.grad(model(x)[:, 3].sum(), x)[0]
     assert relative(attr.Saliency(model).attribute(images, 3, abs=False), expected) < 1e-12
 
 
+class Rectify(torch.autograd.Function):
+    """A ReLU with bounds under a rule, as written in the papers."""
+
+    @staticmethod
+    def forward(ctx, x, rule, lower, upper):
+        ctx.rule, ctx.bounds = rule, (lower, upper)
+        ctx.save_for_backward(x)
+        return x.clamp(lower, upper)
+
+    @staticmethod
+    def backward(ctx, signal):
+        (x,) = ctx.saved_tensors
+        lower, upper = ctx.bounds
+        opened = (x > lower) & (x < upper) | (ctx.rule == "deconvnet")
+        opened = opened & ((signal > 0) | (ctx.rule == "gradient"))
+        return torch.where(opened, signal, torch.zeros_like(signal)), None, None, None
+
+
+class by_operation(TorchFunctionMode):
+    """Each ReLU is a :class:`Rectify`, all else is PyTorch's: the oracle of this file, for float64."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.rule, self.count = rule, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_):
+            bounds = 0.0, float("inf")
+        elif func in (F.relu6, F.hardtanh):
+            limits = (
+                {"min_val": -1.0, "max_val": 1.0} if func is F.hardtanh else {"min_val": 0.0, "max_val": 6.0}
+            )
+            limits |= dict(zip(("min_val", "max_val"), args[1:], strict=False)) if func is F.hardtanh else {}
+            bounds = tuple(float(kwargs.get(name, limits[name])) for name in ("min_val", "max_val"))
+        else:
+            return func(*args, **kwargs)
+        self.count += 1
+        return Rectify.apply(args[0], self.rule, *bounds)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("GuidedBackprop", "guided"), ("Deconvolution", "deconvnet")])
+def test_rules_operation_by_operation(case, name, rule):
+    model, images = case
+    x = images.clone().requires_grad_()
+    with by_operation(rule) as oracle:
+        expected = torch.autograd.grad(model(x)[:, 3].sum(), x)[0]
+    plain = torch.autograd.grad(model(x)[:, 3].sum(), x)[0]
+    assert oracle.count >= 7 and relative(plain, expected) > 1e-3
+    assert relative(getattr(attr, name)(model).attribute(images, 3), expected) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["GuidedBackprop", "Deconvolution"])
+@pytest.mark.parametrize("case", [name for name, (_, right) in NETWORKS.items() if right], indirect=True)
 def test_rules_against_captum(case, name):
     captum = pytest.importorskip("captum.attr")
-    model, images, captum_is_right = case
-    found = getattr(attr, name)(model).attribute(images, 3)
+    model, images = case
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = getattr(captum, name)(model).attribute(images.clone(), target=3)
-    if captum_is_right:
-        assert relative(found, theirs) < 1e-12
-    else:  # functional ReLUs, or ReLU6, or a sum gated as a whole
-        assert relative(found, theirs) > 1e-3
+    assert relative(getattr(attr, name)(model).attribute(images, 3), theirs) < 1e-12
 
 
 def test_many_targets(case):
-    model, images, _ = case
+    model, images = case
     method = attr.GuidedBackprop(model)
     many = method.attribute_many(images, [1, 3])
     assert relative(many[1], method.attribute(images, 3)) < 1e-12

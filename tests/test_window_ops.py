@@ -202,6 +202,16 @@ def test_a_sum_is_a_global_averages_change(subject):
     torch.testing.assert_close(means, whole.mean((2, 3)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_subject
+def test_a_sum_is_more_than_its_numbers_type_can_hold(subject, dtype):
+    base, patch = torch.zeros(1, 2, 64, 64, dtype=dtype), torch.full((1, 2, 60, 50), 40.0, dtype=dtype)
+    variants, table = torch.tensor([[0, 0, 0]]), torch.tensor([[0]])
+    with serving(subject) as device:
+        total = ops.sum_windows(*on(device, base, patch, variants, table, table)).cpu()
+    assert total.dtype == (F64 if dtype == F64 else F32) and total.eq(40.0 * 60 * 50).all()
+
+
 @each_subject
 def test_maps_beyond_32_bit_offsets(subject):
     with serving(subject) as device:

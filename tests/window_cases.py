@@ -204,12 +204,12 @@ WINDOW_CASES = [
         "pool_windows", "typical", window_pool_truth, options=WINDOW_POOLS[4], wild=True, signed=False
     ),
     *(
-        _window_case("sum_windows", label, window_sum_truth, 1, {"low": 0.0} if bias else {}, bias)
+        _window_case("sum_windows", label, window_sum_truth, 1, {"low": 0.0} if bias else {}, bias, sums=True)
         for label in WINDOWS
         for bias in (True, False)
         if bias or label in ("typical", "16-channels")
     ),
-    _window_case("sum_windows", "16-channels", window_sum_truth, 1, wild=True),
+    _window_case("sum_windows", "16-channels", window_sum_truth, 1, wild=True, sums=True),
     *(
         Case(
             "window_mean",

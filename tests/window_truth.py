@@ -174,7 +174,7 @@ def window_sum_truth(base, patch, variants, rows, cols, bias=None, *, low=-INF, 
             with np.errstate(all="ignore"):
                 out[n] += new - old
                 magnitude[n] += np.abs(new) + np.abs(old)
-    return banded(out, magnitude, patch[0].numel() if len(patch) else 0, patch.dtype)
+    return banded(out, magnitude, patch[0].numel() if len(patch) else 0, F64 if patch.dtype == F64 else F32)
 
 
 def window_mean_truth(scores, *, size, window, stride) -> Band:

@@ -74,7 +74,8 @@ class ClassActivationMap(LayerAttribution):
 
         def use(output: Any, values: list[Values]) -> Values:
             (each,) = values
-            return self._maps(each, self._gradients(output, each, signals), finish, inputs, create_graph)
+            found = self._gradients(output, each, signals, create_graph)
+            return self._maps(each, found, finish, inputs, create_graph)
 
         return _one(
             self._read(
@@ -132,7 +133,11 @@ class ClassActivationMap(LayerAttribution):
         )
 
     def _gradients(
-        self, output: Any, values: Values, signals: Callable[[Any, Values], Values]
+        self,
+        output: Any,
+        values: Values,
+        signals: Callable[[Any, Values], Values],
+        create_graph: bool = False,
     ) -> Sequence[Tensor | None]:
         """What :meth:`weigh` gets beside the values; ``signals(output, wanted)`` gives gradients of the scores."""
         return signals(output, values) if self.uses_gradients else [None] * len(values)

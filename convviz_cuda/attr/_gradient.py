@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
 
 from ..checks import check_int
+from ..network import settings_of, twin_of
 from ..rules import backward_rule
 from ._inputs import (
     Inputs,
     Selector,
     Target,
     as_tuple,
+    cloned,
     extra_args,
     leaves,
     restore,
@@ -26,6 +29,7 @@ from ._inputs import (
     target_list,
     turned,
 )
+from ._named import Named
 from ._taps import tapped
 
 # Examples that one batched backward carries at most when nothing else is asked for: enough to keep all cores or
@@ -112,7 +116,7 @@ def _batched(backward: Callable[[Tensor], tuple[Tensor, ...]], seeds: Tensor) ->
     return tuple(torch.stack(parts) for parts in zip(*map(backward, seeds), strict=True))
 
 
-class GradientAttribution:
+class GradientAttribution(Named):
     """What the gradient methods share. ``forward_func``: a model or any callable that returns scores."""
 
     rule = "gradient"
@@ -139,28 +143,20 @@ class GradientAttribution:
     def _forward(self, session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
         output = self.forward_func(*xs, *extra_args(args))
         session.layers += 1  # a forward was made, also where the mode could not see into it
-        if self.rule != "gradient" and isinstance(self.forward_func, nn.Module):
-            scripted = [m for m in self.forward_func.modules() if isinstance(m, torch.jit.ScriptModule)]
-            if scripted and session.rectifiers:
-                warnings.warn(
-                    f"The model has scripted modules, which cannot be looked into: the rule {self.rule!r} does not act "
-                    "on their ReLUs.",
-                    UserWarning,
-                    stacklevel=5,
-                )
         return output
 
     def _in_best_layout(self, xs: tuple[Tensor, ...], run: Callable[[tuple[Tensor, ...], bool], Any]) -> Any:
         """``run(xs, ours)`` in channels_last (``ours``) where that gains; else, or if that fails, as given."""
-        # In training mode a second run would not be the same.
-        fast = None if self._layout_matters or in_training(self.forward_func) else turned(xs)
-        if fast is not None:
+        fast = None if self._layout_matters else turned(xs)
+        undo = None if fast is None else undoing(self.forward_func)
+        if undo is not None:
             # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
             # error comes again.
             with contextlib.suppress(RuntimeError):
                 return run(fast, True)
+            undo()
         found = run(xs, False)
-        self._layout_matters = fast is not None or self._layout_matters
+        self._layout_matters = undo is not None or self._layout_matters
         return found
 
     def _attribute(
@@ -197,7 +193,7 @@ class GradientAttribution:
                 session.layout_turned = ours
                 # Clones, because a model that changes its input in place must change neither a leaf nor the caller's.
                 given = xs if ours else tuple(x.clone() for x in xs)
-                return differentiate((forward or self._forward)(session, given, args), xs)
+                return differentiate((forward or self._forward)(session, given, cloned(args)), xs)
 
         return self._in_best_layout(xs, run)
 
@@ -251,8 +247,42 @@ def target_scores(targets: Any) -> list[Callable[[Tensor], Tensor]]:
     return [lambda output, t=target: select_target(output, t) for target in target_list(targets)]
 
 
+# Functions that give Python what is in a tensor.
+LOOKS = {
+    *(
+        "__array__",
+        "__bool__",
+        "__complex__",
+        "__contains__",
+        "__dlpack__",
+        "__float__",
+        "__index__",
+        "__int__",
+    ),
+    *(
+        "__nonzero__",
+        "allclose",
+        "data_ptr",
+        "equal",
+        "is_nonzero",
+        "item",
+        "numpy",
+        "tolist",
+        "untyped_storage",
+    ),
+}
+REMEMBERED = 16  # shapes of inputs and settings of a model
+
+
 class NeuronAttribution(GradientAttribution):
-    """What the neuron methods share: the forward stops at a layer and the scores are neurons of its output."""
+    """What the neuron methods share: the scores are neurons of a layer's output.
+
+    The forward stops at the layer: at once where the way to it leads through ``nn.Sequential`` only. Through other code
+    the first forward for each shape of the inputs, and after settings of the model's modules have changed, runs to its
+    end to see which run of the layer is the last. Where that forward looked at the values of a tensor, so that the data
+    may decide how often the layer runs, all later ones run to their end too, and so they do in training mode and with
+    additional arguments.
+    """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str, device_ids: list[int] | None = None) -> None:
         check_module(model)
@@ -269,7 +299,7 @@ class NeuronAttribution(GradientAttribution):
         additional_forward_args: Any = None,
         attribute_to_neuron_input: bool = False,
     ) -> Inputs:
-        """The attribution of a neuron of the layer to the inputs. The forward stops at the layer.
+        """The attribution of a neuron of the layer to the inputs.
 
         Args:
             inputs: a float tensor ``(N, ...)`` or a tuple of them.
@@ -319,37 +349,37 @@ class NeuronAttribution(GradientAttribution):
             inputs, additional_forward_args, differentiate, self._to_layer(attribute_to_neuron_input)
         )
 
-    def _to_layer(self, of_input: bool) -> Callable[..., Any]:
+    def _to_layer(self, of_input: bool, last: int | None = None) -> Callable[..., Any]:
+        """``forward(session, xs, args)`` that gives what the layer gives (or gets), by default in its last run."""
+        last = last or (1 if runs_once(self.forward_func, self.layer) else None)
+
         def forward(session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
             session.expects_rectifier = False  # below a low layer there may rightly be none
             seen: list[Any] = []
-            self._run_to_layer(xs, args, of_input, self._count_runs(xs, args), seen)
+            if last is None:
+                self._run_to_last(xs, args, of_input, seen)
+            else:
+                self._run_to_layer(xs, args, of_input, last, seen)
             assert seen, f"The layer {self.layer} did not run in this forward, so it has no neurons."
-            last = seen[-1]
-            return last[0] if isinstance(last, tuple) and len(last) == 1 else last
+            output = seen[-1]
+            return output[0] if isinstance(output, tuple) and len(output) == 1 else output
 
         return forward
 
-    def _count_runs(self, xs: tuple[Tensor, ...], args: Any) -> int | None:
-        """How often a forward runs the layer, so that the last run can end it; None where that cannot be known.
-
-        Tried with a single example, once for each shape of the inputs. Not with a model in training mode, which this
-        would change, nor with additional arguments, on which the number of runs may depend.
-        """
+    def _run_to_last(self, xs: tuple[Tensor, ...], args: Any, of_input: bool, seen: list[Any]) -> None:
+        """To the run of the layer that was the last for inputs of these shapes, if it is known and will be the same."""
         if args is not None or in_training(self.forward_func):
-            return None
-        key = tuple((x.shape, x.dtype) for x in xs)
-        if key not in self._runs:
-            size = xs[0].shape[0] if xs[0].dim() else 0
-            whole = any(x.dim() == 0 or x.shape[0] != size for x in xs)
-            one = tuple((x if whole else x[:1]).detach().clone() for x in xs)
-            seen: list[Any] = []
-            self._runs[key] = None
-            # A model that does not bear a single example fails unseen; then there is no early end.
-            with torch.no_grad(), contextlib.suppress(Exception):
-                self._run_to_layer(one, args, False, None, seen)
-                self._runs[key] = len(seen) or None
-        return self._runs[key]
+            self._run_to_layer(xs, args, of_input, None, seen)
+            return
+        key = tuple((x.shape, x.dtype) for x in xs), settings_of(self.forward_func)
+        if key in self._runs:
+            self._run_to_layer(xs, args, of_input, self._runs[key], seen)
+            return
+        with _Looks() as looks:
+            self._run_to_layer(xs, args, of_input, None, seen)
+        while len(self._runs) >= REMEMBERED:
+            self._runs.pop(next(iter(self._runs)))
+        self._runs[key] = None if looks.looked else len(seen) or None
 
     def _run_to_layer(
         self, xs: tuple[Tensor, ...], args: Any, of_input: bool, last: int | None, seen: list[Any]
@@ -357,7 +387,7 @@ class NeuronAttribution(GradientAttribution):
         """Collects what the layer gave (or got) at each of its runs; the forward ends at run number ``last``."""
 
         def keep(_: int, value: Any) -> None:
-            if last is None and torch.is_grad_enabled():
+            if last is None:
                 # The forward goes on, and the next layer may change this in place.
                 value = torch.utils._pytree.tree_map_only(Tensor, torch.clone, value)
             seen.append(value)
@@ -366,6 +396,28 @@ class NeuronAttribution(GradientAttribution):
 
         with contextlib.suppress(_Stop), tapped([self.layer], keep, of_input):
             self.forward_func(*xs, *extra_args(args))
+
+
+class _Looks(TorchFunctionMode):
+    """Whether values of tensors became numbers or truths of Python, on which its code may depend."""
+
+    looked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.looked = self.looked or getattr(func, "__name__", "") in LOOKS
+        return func(*args, **(kwargs or {}))
+
+
+def runs_once(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether every forward runs the layer once: it stands in one place, with only ``nn.Sequential`` around it."""
+    while model is not layer:
+        if type(model).forward is not nn.Sequential.forward or "forward" in vars(model):
+            return False
+        around = [child for child in model if any(module is layer for module in child.modules())]
+        if len(around) != 1:
+            return False
+        (model,) = around
+    return True
 
 
 def check_at_once(name: str, at_once: Any) -> None:
@@ -379,6 +431,49 @@ def in_training(function: Any) -> bool:
     return isinstance(function, nn.Module) and any(module.training for module in function.modules())
 
 
+def warn_in_training(function: Any) -> None:
+    """Says for methods without gradients what rules say for the others: what is random, or changes the model."""
+    if not isinstance(function, nn.Module):
+        return
+    training = [module for module in function.modules() if module.training]
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in training):
+        warnings.warn(
+            "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
+            "statistics change. Call model.eval() first.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in training):
+        warnings.warn(
+            "Dropout runs in training mode: attributions are random. Call model.eval() first.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def undoing(function: Any) -> Callable[[], None] | None:
+    """A call that undoes what a forward from here on does to the random state and to a model's buffers.
+
+    None for a model of which a part is in training mode: it may change more than that.
+    """
+    modules = list(function.modules()) if isinstance(function, nn.Module) else []
+    if any(module.training for module in modules):
+        return None
+    random = torch.get_rng_state()
+    named = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+    values = [buffer.clone() for *_, buffer in named]
+
+    def undo() -> None:
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for (held, name, buffer), value in zip(named, values, strict=True):
+                held[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+    return undo
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for a while, each module in its own mode again afterwards."""
@@ -390,6 +485,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluated(
+    model: nn.Module, layers: Sequence[nn.Module] = ()
+) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """The model and layers of it, all in evaluation mode.
+
+    Of a model in training mode copies with the same tensors, as other threads may be training it meanwhile.
+    """
+    twin, known = model, {}
+    if in_training(model):
+        twin = twin_of(model)
+        known = dict(zip(map(id, model.modules()), twin.modules(), strict=True))
+    with evaluating(twin):  # in place where a model cannot be copied
+        yield twin, [known.get(id(layer), layer) for layer in layers]
 
 
 def check_module(model: Any) -> None:

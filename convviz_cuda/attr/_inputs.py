@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Inputs = Tensor | tuple[Tensor, ...]
 Target = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
@@ -39,6 +41,11 @@ def extra_args(additional_forward_args: Any) -> tuple[Any, ...]:
     return (
         additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
     )
+
+
+def cloned(args: Any) -> Any:
+    """Additional arguments for a model that may change them in place: the caller's stay as they were."""
+    return None if args is None else tree_map_only(Tensor, torch.clone, args)
 
 
 def repeated_args(args: tuple[Any, ...], copies: int, examples: int) -> tuple[Any, ...]:
@@ -108,6 +115,15 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(
         value, bool
     )  # NumPy's integers count, booleans do not
+
+
+def _is_index(value: Any) -> bool:
+    """Whether a value is an int to Python, as integer tensors without dims are, too."""
+    try:
+        operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return not isinstance(value, bool)
 
 
 def _column(output: Tensor, index: tuple[Any, ...]) -> Tensor:
@@ -216,6 +232,9 @@ def select_neuron(layer_output: Any, selector: Selector) -> Tensor:
     index = (int(selector),) if _is_int(selector) else selector
     assert isinstance(index, tuple), (
         f"neuron_selector must be an int, a tuple or a callable, but it is {selector!r}."
+    )
+    assert all(isinstance(part, slice) or _is_index(part) for part in index), (
+        f"neuron_selector must hold ints and slices, but it is {selector!r}."
     )
     selected = _column(layer_output, index)
     if any(isinstance(part, slice) for part in index):

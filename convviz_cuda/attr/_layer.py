@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..rules import backward_rule
-from ._gradient import GradientAttribution, evaluating, find_layer
-from ._inputs import Inputs, as_tuple, extra_args, restore
+from ._gradient import GradientAttribution, evaluated, find_layer, warn_in_training
+from ._inputs import Inputs, as_tuple, cloned, extra_args, restore
 from ._taps import tapped
 
 Layer = nn.Module | str
 Values = tuple[Tensor, ...]  # what one layer gives: several tensors where it gives a tuple
+Found = TypeVar("Found")
 
 AUTO = "auto"
 
@@ -72,6 +75,8 @@ class LayerAttribution(GradientAttribution):
     def _auto(self, xs: Values, args: Any) -> nn.Module:
         """The last layer with maps, seen in a forward: once for each shape of an example."""
         key = search_key(self.forward_func, xs, args)
+        if key is None:
+            return last_maps(self.forward_func, xs, args)
         if key not in self._last_maps:
             self._last_maps[key] = last_maps(self.forward_func, xs, args)
         return self._last_maps[key]
@@ -98,21 +103,25 @@ class LayerAttribution(GradientAttribution):
             raise RuntimeError(
                 "Attributions need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
             )
+        if not differentiate:
+            warn_in_training(self.forward_func)
         given = tuple(x.detach() for x in tensors)
         modules = self._modules(self.layers if layers is None else layers, given, args)
         if from_inputs:
             with torch.enable_grad():  # clones, as a model may change its input in place
-                return self._read_once(tuple(x.clone() for x in tensors), args, modules, of_input, use, True)
+                return self._read_once(
+                    tuple(x.clone() for x in tensors), cloned(args), modules, of_input, use, True
+                )
 
         def run(xs: Values, ours: bool) -> Any:
             given = xs if ours else tuple(x.clone() for x in xs)  # a model may change its input in place
             if not differentiate:
                 with torch.no_grad():
-                    return self._read_once(given, args, modules, of_input, use, False)
+                    return self._read_once(given, cloned(args), modules, of_input, use, False)
             with torch.enable_grad(), self._context() as session:
                 session.layout_turned = ours
                 session.expects_rectifier = False  # above a late layer there may rightly be none
-                return self._read_once(given, args, modules, of_input, use, True)
+                return self._read_once(given, cloned(args), modules, of_input, use, True)
 
         return self._in_best_layout(given, run)
 
@@ -163,24 +172,56 @@ class LayerAttribution(GradientAttribution):
         return use(output, [seen[place] for place in range(len(modules))])
 
 
+def graph_options(create_graph: bool, grad_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of ``torch.autograd.grad``, of which ``create_graph`` may stand in Captum's ``grad_kwargs``, too."""
+    return {
+        **(grad_kwargs or {}),
+        "create_graph": create_graph or bool((grad_kwargs or {}).get("create_graph")),
+    }
+
+
 def inner_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if module is not model]
 
 
 def search_key(model: Any, xs: Values, args: Any) -> Any:
-    """What a search for layers by :func:`look` depends on."""
-    return tuple((x.shape[1:], x.dtype) for x in xs), args is None, tuple(map(id, model.modules()))
+    """What a search for layers by :func:`look` depends on; None where additional arguments may choose the layers."""
+    if args is not None:
+        return None
+    return tuple((x.shape[1:], x.dtype) for x in xs), tuple(map(id, model.modules()))
 
 
-def look(model: nn.Module, xs: Values, args: Any) -> Any:
-    """The output of a forward that is made to look at the model: in evaluation mode, so that nothing changes.
+def look(
+    model: nn.Module,
+    examples: Sequence[Values],
+    args: Any,
+    watch: Callable[[list[nn.Module]], AbstractContextManager[Found]],
+) -> tuple[Any, Found]:
+    """A forward that is made to look at a model, in evaluation mode, so that nothing changes.
 
-    Of one example, unless additional arguments may belong to all of them, or there is none.
+    Args:
+        examples: inputs, of which the first that the model takes count: the last ones' error is raised.
+        watch: while the context that it gives lasts, the inner modules are watched; anew for each attempt.
+
+    Returns:
+        The output and what was found.
     """
-    if args is None and all(x.dim() > 1 and len(x) == len(xs[0]) for x in xs):
-        xs = tuple(x[:1] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in xs)
-    with torch.no_grad(), evaluating(model):
-        return model(*(x.clone() for x in xs), *extra_args(args))
+    with torch.no_grad(), evaluated(model, inner_modules(model)) as (twin, modules):
+        for xs in examples[:-1]:
+            with contextlib.suppress(Exception), watch(modules) as found:
+                return twin(*(x.clone() for x in xs), *extra_args(args)), found
+        with watch(modules) as found:
+            return twin(*(x.clone() for x in examples[-1]), *extra_args(args)), found
+
+
+def looked_at(xs: Values, args: Any) -> list[Values]:
+    """What :func:`look` may take in place of the inputs, and the inputs: a few models bear their own batch only.
+
+    One example, unless additional arguments may belong to all of them; of an empty batch zeros.
+    """
+    if args is not None or not all(x.dim() > 1 and len(x) == len(xs[0]) for x in xs):
+        return [xs]
+    return [tuple(x[:1] if len(x) else x.new_zeros((1, *x.shape[1:])) for x in xs), xs]
 
 
 def last_maps(model: Callable[..., Any], xs: Values, args: Any) -> nn.Module:
@@ -189,20 +230,24 @@ def last_maps(model: Callable[..., Any], xs: Values, args: Any) -> nn.Module:
     Of modules that end together, the outermost. Raises ValueError for a model without such a layer.
     """
     assert isinstance(model, nn.Module)
-    modules = inner_modules(model)
-    found: list[nn.Module] = []
 
-    def tap(place: int, value: Any) -> None:
-        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1:
-            found.append(modules[place])
+    @contextlib.contextmanager
+    def watch(modules: list[nn.Module]) -> Iterator[list[int]]:
+        found: list[int] = []
 
-    with tapped(modules, tap):
-        look(model, xs, args)
+        def tap(place: int, value: Any) -> None:
+            if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1:
+                found.append(place)
+
+        with tapped(modules, tap):
+            yield found
+
+    _, found = look(model, looked_at(xs, args), args, watch)
     if not found:
         raise ValueError(
             f"layer={AUTO!r} finds no layer of this model that gives maps (N, C, h, w): name one."
         )
-    return found[-1]
+    return inner_modules(model)[found[-1]]
 
 
 def like_layer(values: Values, inputs: Inputs) -> Inputs:

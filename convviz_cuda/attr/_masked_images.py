@@ -32,7 +32,10 @@ PROBED = 3  # images that are looked at alone and together, before many are eval
 
 
 class MaskedImages:
-    """``count`` masked images and the function that gives their scores; the caller's images are never written to."""
+    """``count`` masked images and the function that gives their scores; the caller's images are never written to.
+
+    looks: whether the function may be looked at before; not where a run changes it.
+    """
 
     def __init__(
         self,
@@ -40,10 +43,11 @@ class MaskedImages:
         mask: Mask,
         count: int,
         evaluate: Evaluate,
+        looks: bool = True,
     ) -> None:
         # In one of the two layouts that the ops know.
         self.images = images.detach().contiguous(memory_format=memory_format(images))
-        self.mask, self.count, self.evaluate = mask, count, evaluate
+        self.mask, self.count, self.evaluate, self.looks = mask, count, evaluate, looks
         self.layout = memory_format(images)
 
     def _room(self, count: int, layout: torch.memory_format) -> Tensor:
@@ -105,7 +109,7 @@ class MaskedImages:
 
     def _choose(self, batch_size: int | None, memory_limit: int | None) -> int:
         """How many images one forward takes; sets the layout in which they are passed on."""
-        if self.count <= FEW_VARIANTS:  # the checks would take longer
+        if self.count <= FEW_VARIANTS or not self.looks:  # of few, the checks would take longer
             return min(self.count, batch_size or 1)
         if batch_size is not None:
             batch_size = min(self.count, batch_size)
@@ -116,8 +120,13 @@ class MaskedImages:
             max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, self.images[0].nbytes)),
         )
         with drawn_from():  # a random function goes on as if it had not been looked at
-            with PeakBytes(memory_limit is not None) as peak:
-                alone = [self._probe(0, 1, self.layout)]
+            try:
+                with PeakBytes(memory_limit is not None) as peak:
+                    alone = [self._probe(0, 1, self.layout)]
+            except Exception:
+                if batch_size in (None, 1):
+                    raise
+                return batch_size  # the function may bear no other; if it is broken, its error comes again
             if memory_limit is not None:
                 at_once = min(at_once, memory_limit // max(1, peak.bytes))
             together = batch_size is None and at_once >= PROBED

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..excitation import contrasted
+from ..excitation import below, contrasted, spreads
 from ..rules import EXCITATION, backward_rule
 from ._gradient import (
     GradientAttribution,
@@ -21,7 +21,7 @@ from ._gradient import (
     target_scores,
 )
 from ._inputs import Inputs, Target, as_tuple, restore
-from ._layer import AUTO, last_maps
+from ._layer import AUTO, inner_modules, last_maps
 from ._taps import tapped
 
 
@@ -49,7 +49,8 @@ class ExcitationBackprop(GradientAttribution):
     Args:
         model: an ``nn.Module``; AssertionError otherwise.
         layer: a module of it or its name, at whose output P is read (of the last run if there are several); "auto":
-            the last layer that gives maps; None: at the inputs.
+            the last layer that gives maps; None: at the inputs. "auto" of a contrastive pass is the last of the layers
+            below the negated weights at which it does not sum to 0 at each position.
 
     The model keeps its weights, hooks and modes. Values are kept in its dtype and P is computed in at least float32; in
     float16, shares of less than 6e-8 are lost between layers. Raises ValueError for an unknown layer.
@@ -83,7 +84,8 @@ class ExcitationBackprop(GradientAttribution):
             contrastive: subtract the pass in which the weights of the last linear layers are negated (section 3.4):
                 what speaks for the target and not for the others. The result sums to 0 at every layer below, where
                 neither pass lost a share. It has both signs; the authors show its positive part. Right below a 1x1
-                convolution that is contrasted, as SqueezeNet ends, it is 0 at each position: look further down.
+                convolution that is contrasted, as SqueezeNet ends, it is 0 at each position: look further down, as
+                "auto" does.
             contrast_layer: a module or a name: negate the topmost weights in or below it instead of the model's.
             sum_channels: sum P over the channels, as the authors show it; of maps without positions ``(N, C)`` it is
                 not summed.
@@ -93,8 +95,9 @@ class ExcitationBackprop(GradientAttribution):
             tuple of inputs and no layer, a tuple.
 
         Raises AssertionError for a target that does not fit the output, a layer that does not run or gives no single
-        tensor, or where there are no weights to negate; IndexError for a target out of range; ValueError for an unknown
-        contrast_layer, or one without ``contrastive``.
+        tensor, where there are no weights to negate, or none between the output and the layer that is read; IndexError
+        for a target out of range; ValueError for an unknown contrast_layer, or one without ``contrastive``, and where
+        "auto" finds no layer.
         """
         scores = target_scores([target])
         found = self._maps(inputs, additional_forward_args, scores, None, contrastive, contrast_layer)
@@ -141,24 +144,32 @@ class ExcitationBackprop(GradientAttribution):
             raise ValueError(f"contrast_layer is {contrast_layer!r}, but contrastive is {contrastive!r}.")
         dual = None if contrast_layer is None else find_layer(self.forward_func, contrast_layer)
         layer = self.layer
-        if isinstance(layer, str):
+        if isinstance(layer, str) and not contrastive:
             layer = last_maps(self.forward_func, tuple(x.detach() for x in as_tuple(inputs)), args)
-        places = [each for each in (layer, dual) if each is not None]
+        # Which layer is the last below the negated weights, only the graph says.
+        read = inner_modules(self.forward_func) if isinstance(layer, str) else [layer]
+        places = [each for each in (*read, dual) if each is not None]
 
         def forward(session: backward_rule, xs: tuple[Tensor, ...], args: Any) -> Any:
             seen: dict[int, Any] = {}
 
             def keep(place: int, value: Any) -> None:
                 value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-                # The edge stays where it is, also when a layer behind changes the tensor in place.
-                carries = isinstance(value, Tensor) and value.requires_grad
-                seen[place] = (value, get_gradient_edge(value) if carries else None)
+                edge = None
+                if isinstance(value, Tensor):
+                    # The edge stays where it is, also when a layer behind changes the tensor in place.
+                    edge = get_gradient_edge(value) if value.requires_grad else None
+                    value = (
+                        value.detach().new_empty(()).expand(value.shape)
+                    )  # of the values nothing is needed
+                seen.pop(id(places[place]), None)  # the last run counts, in the order in which they ended
+                seen[id(places[place])] = value, edge
 
             with tapped(places, keep):
                 output = self._forward(session, xs, args)
             if isinstance(output, Tensor):
                 session.look([output])
-            return output, {id(layer): seen.get(place) for place, layer in enumerate(places)}
+            return output, seen
 
         def differentiate(run: Any, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             output, seen = run
@@ -167,16 +178,15 @@ class ExcitationBackprop(GradientAttribution):
             )
             where: tuple[Tensor | GradientEdge, ...] = xs
             like = xs
+            negated = _negated(output, dual, seen) if contrastive else []
             if layer is not None:
-                value, edge = _ran(layer, seen)
+                value, edge = _last_below(negated, seen) if isinstance(layer, str) else _ran(layer, seen)
                 where, like = (edge,), (value,)
-            seeds = score_seeds(output, scores) if scores else output.new_empty((0, *output.shape))
-            if contrastive:
-                top = output.grad_fn if dual is None else _ran(dual, seen)[1].node
-                assert contrasted(top), (
-                    "The contrastive pass negates the weights of a convolution or a linear layer, but there is none in "
-                    f"{'this forward' if dual is None else dual}."
+                assert not contrastive or edge.node in below(negated), (
+                    "The contrastive pass differs only below the weights that it negates, and there are none between "
+                    f"the output and {layer}: read a layer further down."
                 )
+            seeds = score_seeds(output, scores) if scores else output.new_empty((0, *output.shape))
             return seeded_gradients(
                 output, where, lambda start, stop: seeds[start:stop], len(scores), at_once, like
             )
@@ -192,8 +202,34 @@ class ExcitationBackprop(GradientAttribution):
         return found if self.layer is None and isinstance(inputs, tuple) else found[0]
 
 
+def _negated(output: Tensor, dual: nn.Module | None, seen: dict[int, Any]) -> list[Any]:
+    """The nodes of the layers whose weights are negated, the model's topmost ones or those in and below ``dual``."""
+    found = contrasted(output.grad_fn if dual is None else _ran(dual, seen)[1].node)
+    if dual is not None:
+        met = {output.grad_fn, *below([output.grad_fn])}
+        found = [node for node in found if node in met]
+    assert found, (
+        "The contrastive pass negates the weights of a convolution or a linear layer, but there is none in "
+        f"{'this forward' if dual is None else dual}."
+    )
+    return found
+
+
+def _last_below(negated: list[Any], seen: dict[int, Any]) -> tuple[Tensor, GradientEdge]:
+    """Of the layers with maps, the last at which the contrast does not cancel at each position."""
+    reached = below(node for node in (*negated, *below(negated)) if spreads(node))
+    for value, edge in reversed(seen.values()):
+        maps = isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1
+        if maps and edge is not None and edge.node in reached:
+            return value, edge
+    raise ValueError(
+        f"layer={AUTO!r} finds no layer that gives maps (N, C, h, w) below the weights that the contrastive pass "
+        "negates: name one."
+    )
+
+
 def _ran(layer: nn.Module, seen: dict[int, Any]) -> tuple[Tensor, GradientEdge]:
-    run = seen[id(layer)]
+    run = seen.get(id(layer))
     assert run is not None, f"The layer {layer} did not run in this forward, so it has no map."
     value, edge = run
     assert isinstance(value, Tensor), f"The layer {layer} gave a {type(value)}, which has no single map."

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from ..progress import Progress
-from ._gradient import check_at_once
+from ._gradient import check_at_once, warn_in_training
 from ._inputs import Inputs, Target, as_tuple, restore
 from ._masked import MaskedForward, _repeated, room_for
+from ._named import Named
 from ._windows import window_fills
 
 Baselines = float | Tensor | tuple[float | Tensor, ...] | None
 
 
-class FeatureAblation:
+class FeatureAblation(Named):
     """The fall of a score without each feature, with Captum's signature. Occlusion is its case of sliding windows.
 
     Args:
@@ -94,6 +95,7 @@ class FeatureAblation:
             f"but perturbations_per_eval is {perturbations_per_eval!r}."
         )
         check_at_once("memory_limit", memory_limit)
+        warn_in_training(self.forward_func)
         with torch.no_grad():
             masked = _MaskedFeatures(
                 self.forward_func,

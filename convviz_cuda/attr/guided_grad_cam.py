@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..rules import backward_rule
 from ._cam import weighed_maps
 from ._gradient import check_at_once, check_module, gradients, many_gradients, target_scores
-from ._inputs import Inputs, Target, as_tuple, leaves, restore, select_target
+from ._inputs import Inputs, Target, as_tuple, cloned, leaves, restore, select_target
 from ._layer import Layer, LayerAttribution, Values
 from .layer_grad_cam import LayerGradCam
 
@@ -59,7 +59,8 @@ class GuidedGradCam(LayerAttribution):
             (UserWarning) for an input of a tuple that the map cannot be interpolated to.
 
         Raises AssertionError for a target that does not fit the output and for a layer that does not run, IndexError
-        for a target out of range, ValueError for a layer without maps or an unknown ``interpolate_mode``.
+        for a target out of range, ValueError for a layer without maps (Captum returns an empty tensor and warns) or an
+        unknown ``interpolate_mode``.
         """
 
         def signals(output: Any, wanted: Values) -> Values:
@@ -121,7 +122,7 @@ class GuidedGradCam(LayerAttribution):
                     return maps, signals(output, xs)
 
                 given = xs if ours else tuple(x.clone() for x in xs)
-                return self._read_once(given, args, modules, of_input, use, True, session)
+                return self._read_once(given, cloned(args), modules, of_input, use, True, session)
 
         maps, guided = self._in_best_layout(xs, run)
         results = []

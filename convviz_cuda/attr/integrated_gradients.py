@@ -126,7 +126,7 @@ class IntegratedGradients(GradientAttribution):
 
         Args:
             inputs: a tensor ``(N, ...)`` or a tuple of them; integers are taken as PyTorch's default floating dtype.
-            baselines: where the path begins: a number, a tensor shaped as the input or with a first dimension of 1, or
+            baselines: where the path begins: a number, a tensor shaped as the input or with dimensions of 1, or
                 a tuple of these, one for each input; None is 0.
             target: which score: an int for all examples, a list or 1-D tensor of N ints, a tuple as trailing index, a
                 list of N tuples; None only where each example has a single score.
@@ -341,9 +341,10 @@ def _path(inputs: Inputs, baselines: Baselines, args: Any) -> _Path:
             )
             baseline = torch.tensor(float(baseline), dtype=torch.float64)
         else:
-            assert baseline.dim() == x.dim() and baseline.shape in (x.shape, (1, *x.shape[1:])), (
-                f"The baseline of input {index} must have the input's shape {tuple(x.shape)}, or 1 as its first "
-                f"dimension, but its shape is {tuple(baseline.shape)}."
+            sizes = zip(baseline.shape, x.shape, strict=False)
+            assert baseline.dim() == x.dim() and all(size in (1, wanted) for size, wanted in sizes), (
+                f"The baseline of input {index} must have the input's shape {tuple(x.shape)}, or 1 in some dimensions, "
+                f"but its shape is {tuple(baseline.shape)}."
             )
         # Through the input's dtype: the path begins where the function can be evaluated.
         baseline = real(f"The baseline of input {index}", baseline)

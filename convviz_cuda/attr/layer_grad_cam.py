@@ -10,7 +10,7 @@ from torch import Tensor
 from ._cam import ClassActivationMap, Finish, _one, weighed_maps
 from ._gradient import check_at_once, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
-from ._layer import Values
+from ._layer import Values, graph_options
 
 
 class LayerGradCam(ClassActivationMap):
@@ -67,10 +67,11 @@ class LayerGradCam(ClassActivationMap):
         for a target out of range, ValueError for an unknown ``upsample`` or ``normalise``.
         """
         finish = Finish(relu_attributions, False, upsample, normalise)
+        options = graph_options(create_graph, grad_kwargs)
+        create_graph = options["create_graph"]
 
         def use(output: Any, values: list[Values]) -> Values:
             (each,) = values
-            options = {"create_graph": create_graph, **(grad_kwargs or {})}
             found = gradients(select_target(output, target), each, **options)
             if not create_graph:
                 each = tuple(v.detach() for v in each)

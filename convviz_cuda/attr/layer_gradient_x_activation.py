@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._gradient import check_at_once, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
-from ._layer import Layer, Values, like_layer
+from ._layer import Layer, Values, graph_options, like_layer
 from .layer_activation import LayerActivation
 
 
@@ -42,6 +42,8 @@ class LayerGradientXActivation(LayerActivation):
         additional_forward_args: Any = None,
         attribute_to_layer_input: bool = False,
         grad_kwargs: dict[str, Any] | None = None,
+        *,
+        create_graph: bool = False,
     ) -> Inputs | list[Inputs]:
         """The attribution of each example's target score to the layer.
 
@@ -52,6 +54,8 @@ class LayerGradientXActivation(LayerActivation):
             additional_forward_args: passed on behind the inputs.
             attribute_to_layer_input: attribute to the layer's input instead of its output.
             grad_kwargs: further arguments of ``torch.autograd.grad``.
+            create_graph: the attributions can be differentiated, by the model's parameters and by the inputs that
+                require a gradient.
 
         Returns:
             Shaped as what the layer gives, a tensor or a tuple of them; a list for a list of layers.
@@ -59,13 +63,21 @@ class LayerGradientXActivation(LayerActivation):
         Raises AssertionError for a target that does not fit the output and for a layer that does not run, IndexError
         for a target out of range.
         """
+        options = graph_options(create_graph, grad_kwargs)
+        create_graph = options["create_graph"]
 
         def use(output: Any, values: list[Values]) -> list[Inputs]:
             every = tuple(v for each in values for v in each)
-            found = gradients(select_target(output, target), every, **(grad_kwargs or {}))
+            found = gradients(select_target(output, target), every, **options)
+            if not create_graph:
+                values = [tuple(v.detach() for v in each) for each in values]
             return self._results(values, found, inputs)
 
-        return self._one_or_list(self._read(inputs, additional_forward_args, attribute_to_layer_input, use))
+        return self._one_or_list(
+            self._read(
+                inputs, additional_forward_args, attribute_to_layer_input, use, from_inputs=create_graph
+            )
+        )
 
     def attribute_many(
         self,
@@ -91,7 +103,7 @@ class LayerGradientXActivation(LayerActivation):
         def use(output: Any, values: list[Values]) -> list[Inputs]:
             every = tuple(v for each in values for v in each)
             found = many_gradients(output, every, scores, targets_per_pass)
-            return self._results(values, found, inputs)
+            return self._results([tuple(v.detach() for v in each) for each in values], found, inputs)
 
         return self._one_or_list(self._read(inputs, additional_forward_args, attribute_to_layer_input, use))
 
@@ -100,4 +112,4 @@ class LayerGradientXActivation(LayerActivation):
         return [like_layer(tuple(self._product(v, next(left)) for v in each), inputs) for each in values]
 
     def _product(self, value: Tensor, gradient: Tensor) -> Tensor:
-        return gradient * value.detach() if self.multiplies_by_inputs else gradient
+        return gradient * value if self.multiplies_by_inputs else gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -10,23 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_int
 from ..progress import Progress
 from ._gradient import EXAMPLES, check_at_once
 from ._inputs import Inputs, as_tuple, extra_args, real, repeated_args, repeated_target, target_list
 from ._masked import memory_format, room_for
+from ._named import Named
 
 TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
 _MASK = (1 << 64) - 1
 
 
-class NoiseTunnel:
+class NoiseTunnel(Named):
     """Any attribution method, repeated with Gaussian noise on its inputs, with Captum's signature.
 
     SmoothGrad (Smilkov et al. 2017), SmoothGrad-squared (Hooker et al. 2019) or VarGrad (Adebayo et al. 2018).
 
     The noise of a sample is drawn on the inputs' device from a generator of its own, seeded by ``seed``, the example's
     place in the batch and the sample's number. So the result depends neither on how many samples pass at once nor on
-    the other examples, and PyTorch's own random state is neither read nor changed. Devices draw different noise.
+    the other examples, and PyTorch's own random state is neither read nor changed. Devices draw different noise. A
+    method that takes a ``seed`` itself, as :class:`RISE` or another tunnel, gets one that is made of the tunnel's; what
+    an inner tunnel draws depends on the place in the batches that it is given, and so on ``nt_samples_batch_size``.
 
     Args:
         attribution_method: an object with ``attribute``, the inputs as its first argument, that returns a tensor or
@@ -71,8 +76,8 @@ class NoiseTunnel:
             stdevs: standard deviation of the noise, in units of the inputs; a tuple has one for each input.
             draw_baseline_from_distrib: for each sample of each example take one row of the tensors in ``baselines``,
                 whose number of rows is free then.
-            seed: of the noise and the rows drawn, an int.
-            show_progress: count the samples on stderr, with the time left.
+            seed: of the noise and the rows drawn, and of the method where it takes one: an int.
+            show_progress: count the samples on stderr, with the time left; the method shows nothing.
             kwargs: passed on to the method. What in ``target``, ``additional_forward_args``, ``baselines`` and
                 ``feature_mask`` belongs to single examples is repeated with them.
 
@@ -140,9 +145,16 @@ class NoiseTunnel:
         assert nt_type in TYPES, (
             f"Noise types must be one of {', '.join(map(repr, TYPES))}, but nt_type is {nt_type!r}."
         )
-        check_at_once("nt_samples", 0 if count is None else count)
+        check_int("nt_samples", count, 1)
         check_at_once("internal_batch_size", kwargs.get("internal_batch_size"))
         check_at_once("nt_samples_batch_size", at_once)
+        if _takes_seed(
+            self.attribution_method.attribute_many if batch_dim else self.attribution_method.attribute
+        ):
+            kwargs = {
+                **kwargs,
+                "seed": _mixed(noise.seed) >> 32,
+            }  # another one, or an inner tunnel would draw the same
         explicit = at_once is not None
         if not explicit:
             size = EXAMPLES.get(tensors[0].device.type, EXAMPLES["cuda"])
@@ -294,6 +306,13 @@ def _mixed(number: int) -> int:
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _MASK
     return number ^ (number >> 31)
+
+
+def _takes_seed(function: Callable[..., Any]) -> bool:
+    try:
+        return "seed" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of some callables there is no signature
+        return False
 
 
 def _by_sample(rows: Tensor, dim: int, copies: int) -> Tensor:

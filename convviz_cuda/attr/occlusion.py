@@ -13,6 +13,7 @@ from ..network import CannotCapture, capture
 from ..sweep import occlusion_sweep
 from ._inputs import Inputs, Target, as_tuple, restore, select_scores
 from ._masked import MaskedWindows
+from ._named import Named
 from ._windows import window_fills, window_grids
 
 Window = tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -23,11 +24,12 @@ Baselines = float | Tensor | tuple[float | Tensor, ...] | None
 WORTH_CAPTURING = 1 << 22
 
 
-class Occlusion:
+class Occlusion(Named):
     """Occlusion sensitivity (Zeiler & Fergus 2013, section 4.2), with Captum's signature, averaging and border rule.
 
     Images under a model in eval mode take the incremental engine of :mod:`convviz_cuda.sweep`, which recomputes only
-    what a window reaches; any other function is evaluated on masked inputs. Both give the same numbers.
+    what a window reaches; any other function is evaluated on masked inputs. Both give the same numbers. A model in
+    training mode runs as it is, as with Captum: its batch statistics and the random state go on with each forward.
 
     Args:
         forward_func: a model or any callable that returns scores: a tensor ``(N, ...)``, or one scalar or number for

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..checks import Pair, check_int, pair
 from ..mask_ops import philox
 from ..mask_reference import samples
+from ._gradient import in_training, warn_in_training
 from ._inputs import Inputs, Target, extra_args, target_list
 from ._masked_images import (
     MaskedImages,
@@ -23,10 +25,12 @@ from ._masked_images import (
     of_each_image,
     sampled,
 )
+from ._named import Named
 
 Score = Literal["softmax", "output"]
 MOST_CELLS = 1024  # beyond any use: words and matrices grow with their product
 DRAWN = 1 << 15  # masks whose random words are there together
+FEW_SUMS = 4  # of masks, up to which adding number by number is the faster way
 SUM_BYTES = 1 << 26  # of what the sum of masks holds at once
 
 
@@ -56,26 +60,37 @@ class RandomMasks:
         """
         count, h, w = self.grids.shape
         rows, columns = self.cell
-        groups = self._by_offset()
-        padded = F.pad(self.grids.reshape(count, h * w).double(), (0, 0, 0, 1))[
-            groups
-        ]  # (offsets, most, h * w)
-        weights = F.pad(weights.double(), (0, 0, 0, 1))
         sampling = zip(size, (h, w), self.cell, self.scale, strict=True)
         by_row, by_column = (_upsampling(*axis, self.grids.device) for axis in sampling)
-        at_once = max(1, SUM_BYTES // (8 * (groups.numel() + rows * columns * h * w)))
         sums = []
-        for part in weights.split(at_once, 1):
-            cells = part[groups].transpose(1, 2) @ padded  # (offsets, K, h * w)
-            cells = cells.view(rows, columns, -1, h, w).permute(2, 0, 3, 1, 4)  # (K, rows, h, columns, w)
-            across = cells.reshape(part.shape[1], rows * h, columns * w) @ by_column.T
-            sums.append(by_row @ across)
+        for cells in self._cells(weights.double()):  # (offsets, k, h * w)
+            cells = cells.view(rows, columns, -1, h, w).permute(2, 0, 3, 1, 4)  # (k, rows, h, columns, w)
+            sums.append(by_row @ (cells.reshape(-1, rows * h, columns * w) @ by_column.T))
         return torch.cat(sums)
+
+    def _cells(self, weights: Tensor) -> Iterator[Tensor]:
+        """Parts (offsets, k, h * w) of the grids' sums for each offset under k of the weights ``(n, K)``."""
+        offsets, grids = math.prod(self.cell), self.grids.flatten(1).double()
+        if weights.shape[1] <= FEW_SUMS and not weights.is_cuda:  # a GPU would add in any order
+            place = (self._offset()[:, None] * grids.shape[1] + torch.arange(grids.shape[1])).flatten()
+            for column in weights.split(1, 1):
+                sums = torch.bincount(place, (grids * column).flatten(), offsets * grids.shape[1])
+                yield sums.view(offsets, 1, -1)
+            return
+        groups = self._by_offset()
+        padded = F.pad(grids, (0, 0, 0, 1))[groups]  # (offsets, most, h * w)
+        weights = F.pad(weights, (0, 0, 0, 1))
+        for part in weights.split(max(1, SUM_BYTES // (8 * (groups.numel() + offsets * grids.shape[1]))), 1):
+            yield part[groups].transpose(1, 2) @ padded
+
+    def _offset(self) -> Tensor:
+        """(n,): the number of each mask's offset."""
+        return self.offsets[:, 0] * self.cell[1] + self.offsets[:, 1]
 
     def _by_offset(self) -> Tensor:
         """(offsets, most): the numbers of the masks of each offset, filled up with the number behind the last."""
         rows, columns = self.cell
-        which = self.offsets[:, 0] * columns + self.offsets[:, 1]
+        which = self._offset()
         order = torch.argsort(which, stable=True)
         sizes = torch.bincount(which, minlength=rows * columns)
         first = sizes.cumsum(0) - sizes
@@ -88,8 +103,9 @@ class RandomMasks:
 def _upsampling(size: int, cells: int, pixels: int, scale: float, device: torch.device) -> Tensor:
     """(size, pixels * cells) float64: what each cell gives to each position, for all offsets below ``pixels``."""
     low, high, weight = samples(torch.arange(pixels, device=device), size, cells, scale, (scale - 1) / 2)
-    weight = weight[..., None]
-    matrix = F.one_hot(low, cells) * (1 - weight) + F.one_hot(high, cells) * weight
+    matrix = weight.new_zeros(*weight.shape, cells)
+    matrix.scatter_(2, low[..., None], 1 - weight[..., None])
+    matrix.scatter_add_(2, high[..., None], weight[..., None])  # beside the other, or onto it at the edge
     return matrix.transpose(0, 1).reshape(size, pixels * cells)
 
 
@@ -113,7 +129,7 @@ def random_masks(
     return RandomMasks(grids, offsets, cell)
 
 
-class RISE:
+class RISE(Named):
     """Randomised input sampling for explanation (Petsiuk, Das & Saenko 2018, "RISE", section 3).
 
     The map is the mean of random masks, each weighted by the score that the image has under it: pixels that are shown
@@ -249,6 +265,8 @@ class RISE:
         if not images.numel() or each == []:
             return self._empty(images, each, args, score, dtype)
 
+        warn_in_training(self.forward_func)
+
         def evaluate(given: Tensor, image: Tensor, numbers: Sequence[int]) -> Tensor:
             output = self.forward_func(given, *args_of_each_image(extra_args(args), image, count))
             return image_scores(output, score, each, numbers)
@@ -262,7 +280,10 @@ class RISE:
             numbers = [i % count for i in range(start, stop)]
             return masks.grids[mask], image, masks.offsets[mask], numbers
 
-        many = MaskedImages(images, sampled(masked, n_masks * count, masks.scale), n_masks * count, evaluate)
+        looks = not in_training(self.forward_func)
+        many = MaskedImages(
+            images, sampled(masked, n_masks * count, masks.scale), n_masks * count, evaluate, looks
+        )
         scores = many.scores(batch_size, memory_limit, show_progress, "RISE")
         weights = scores.double().view(n_masks, -1) / (
             n_masks * float(p)

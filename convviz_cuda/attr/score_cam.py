@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_float
 from ._cam import Finish
-from ._gradient import check_at_once
+from ._gradient import check_at_once, in_training
 from ._inputs import Target, as_tuple, extra_args, select_target, target_list
 from ._layer import Layer, LayerAttribution, Values
 from ._masked_images import MaskedImages, args_of_each_image, of_each_image, sampled
@@ -59,6 +59,7 @@ class ScoreCam(LayerAttribution):
         upsample: str | None = None,
         normalise: str | None = None,
         batch_size: int | None = None,
+        memory_limit: int | None = None,
         show_progress: bool = False,
     ) -> Tensor:
         """The map of each example's target score.
@@ -73,6 +74,8 @@ class ScoreCam(LayerAttribution):
             relu_attributions: whether to set negative values to 0; None: yes, as in the paper.
             upsample, normalise: as in :meth:`LayerGradCam.attribute`.
             batch_size: masked images in one forward; None chooses for the device.
+            memory_limit: bytes of tensors that a masked forward may hold at once, as far as the choice of
+                ``batch_size`` can keep to it; None: no limit.
             show_progress: count the masked images on stderr, with the time left.
 
         Returns:
@@ -83,7 +86,7 @@ class ScoreCam(LayerAttribution):
         """
         result = self._all(
             inputs, [target], additional_forward_args, attribute_to_layer_input, relu_attributions, upsample, normalise,
-            batch_size, show_progress,
+            batch_size, memory_limit, show_progress,
         )  # fmt: skip
         return result[0]
 
@@ -98,12 +101,13 @@ class ScoreCam(LayerAttribution):
         upsample: str | None = None,
         normalise: str | None = None,
         batch_size: int | None = None,
+        memory_limit: int | None = None,
         show_progress: bool = False,
     ) -> Tensor:
         """:meth:`attribute` for K targets, ``(K, N, 1, h, w)``, out of the same masked forwards."""
         return self._all(
             inputs, target_list(targets), additional_forward_args, attribute_to_layer_input, relu_attributions,
-            upsample, normalise, batch_size, show_progress,
+            upsample, normalise, batch_size, memory_limit, show_progress,
         )  # fmt: skip
 
     def _all(
@@ -116,10 +120,12 @@ class ScoreCam(LayerAttribution):
         upsample: str | None,
         normalise: str | None,
         at_once: int | None,
+        memory_limit: int | None,
         show: bool,
     ) -> Tensor:
         finish = Finish(relu, self.rectifies, upsample, normalise)
         check_at_once("batch_size", at_once)
+        check_at_once("memory_limit", memory_limit)
         (images,) = as_tuple(inputs) if len(as_tuple(inputs)) == 1 else (None,)
         if images is None or images.dim() != 4:
             raise ValueError("Score-CAM masks one tensor of images (N, C, H, W).")
@@ -140,7 +146,9 @@ class ScoreCam(LayerAttribution):
         output, maps = self._read(inputs, args, of_input, use, differentiate=False)
         with torch.no_grad():
             picks = [lambda output, numbers, t=t: select_target(output, t(numbers)) for t in each]
-            weights = self.weights(images.detach(), maps, picks, extra_args(args), at_once, show)
+            weights = self.weights(
+                images.detach(), maps, picks, extra_args(args), at_once, show, memory_limit
+            )
             with torch.autocast(maps.device.type, enabled=False):
                 found = torch.einsum("knc,nchw->knhw", weights, maps.to(weights.dtype))[:, :, None].to(
                     maps.dtype
@@ -149,7 +157,7 @@ class ScoreCam(LayerAttribution):
 
     def weights(
         self, images: Tensor, maps: Tensor, picks: Sequence[Callable[[Any, Sequence[int]], Tensor]],
-        args: tuple[Any, ...], at_once: int | None, show: bool,
+        args: tuple[Any, ...], at_once: int | None, show: bool, memory_limit: int | None = None,
     ) -> Tensor:  # fmt: skip
         """``(K, N, C)``: the softmax over the channels of K scores of each image under each of its maps.
 
@@ -170,8 +178,9 @@ class ScoreCam(LayerAttribution):
             return torch.stack([pick(output, numbers).reshape(-1) for pick in picks], 1)
 
         sampling = self._sampling(maps.shape[2:], images.shape[2:])
-        many = MaskedImages(images, sampled(masks, len(grids), *sampling), len(grids), evaluate)
-        scores = many.scores(at_once, None, show, "Score-CAM")
+        looks = not in_training(self.forward_func)
+        many = MaskedImages(images, sampled(masks, len(grids), *sampling), len(grids), evaluate, looks)
+        scores = many.scores(at_once, memory_limit, show, "Score-CAM")
         return scores.to(maps.device).view(count, channels, -1).permute(2, 0, 1).softmax(-1).to(dtype)
 
     def _sampling(

@@ -22,9 +22,16 @@ def run(request: Request, images: Sequence[str]) -> int:
     if request.weights is None and request.model.startswith("torchvision:"):
         say(f"{request.model} without --weights has random weights: its maps show the architecture only.")
     tasks, there = _tasks(request, journal, paths)
+    partly: dict[str, list[Path]] = {}  # by method, the images that others explained
+    said: set[str] = set()
     with Counter(len(tasks), "images") as counter:
 
         def on_item(task: Task, results: Sequence[Result]) -> None:
+            for method, why in explainer.problems.pop(task.name, {}).items():
+                if why not in said:
+                    counter.warn(f"{task.path}: {why}")
+                said.add(why)
+                partly.setdefault(method, []).append(task.path)
             row = results[0].row
             line = f"{task.path}: {class_text(row['prediction'])}"
             counter.step(line if row["unit"] is None else f"{line}; {explained_text(row)}")
@@ -57,8 +64,12 @@ def run(request: Request, images: Sequence[str]) -> int:
     if outcome.failed:
         names = ", ".join(str(task.path) for task, _ in outcome.failed)
         say(f"{len(outcome.failed)} of {counted(len(paths), 'image')} could not be used: {names}.")
-        return 1
-    return 0
+    for method, left_out in partly.items():
+        names = ", ".join(map(str, left_out))
+        say(
+            f"--method {method} failed for {counted(len(left_out), 'image')}: {names}. The others' maps are written."
+        )
+    return 1 if outcome.failed or partly else 0
 
 
 def _tasks(request: Request, journal: Journal, paths: Sequence[Path]) -> tuple[list[Task], int]:

@@ -68,7 +68,25 @@ class Explainer:
         self.dtype = DTYPES[request.dtype]
         self.model = model.to(request.device, self.dtype).requires_grad_(False)
         self._most = request.batch_size
+        self.problems: dict[str, dict[str, str]] = {}  # of images that others explained: by method, why not
         self._worked: set[str] = set()  # methods that have given a map, and "model" once it has given scores
+        self._given_up: dict[str, str] = {}
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        """Refuses methods that this model does not suit, where that shows before an image is read."""
+        crop = self.request.preprocess.crop
+        for method in self.request.methods:
+            if method.check is None or crop is None or self.layer is not None:
+                continue
+            shape = (1, len(self.request.preprocess.mean), crop, crop)
+            blank = torch.zeros(shape, device=self.request.device, dtype=self.dtype)
+            try:
+                method.check(self.model, blank, self.request.options)
+            except ValueError as error:
+                raise Refusal(f"--method {method.name} does not suit the model: {error}") from error
+            except Exception:  # whatever a stranger's model raises: it will say so again
+                continue
 
     def read(self, task: Task) -> Pixels:
         image = open_image(task.path)
@@ -77,7 +95,12 @@ class Explainer:
         return Pixels(shown, self.request.preprocess.tensor(picture), (image.height, image.width))
 
     def work(self, batch: list[tuple[Task, Pixels]]) -> Iterator[tuple[Task, list[Result]]]:
-        start, left_out = 0, 0
+        """Results of each image that any method explained; ``problems`` says what the others failed at.
+
+        Raises ImageError after them where there are images that none explained.
+        """
+        start = 0
+        failed: dict[str, None] = {}
         while start < len(batch):
             part = batch[start : start + self._most]
             try:
@@ -91,10 +114,15 @@ class Explainer:
                 say(f"{device} has no memory for {len(part)} images at once; trying {self._most}.")
                 continue
             start += len(part)
-            left_out += len(part) - len(results)
-            yield from results
-        if left_out:
-            raise ImageError("The model gives it scores that are not finite (NaN or infinite).")
+            if len(results) < len(part):
+                failed["The model gives it scores that are not finite (NaN or infinite)."] = None
+            for task, rows in results:
+                if rows:
+                    yield task, rows
+                else:
+                    failed |= dict.fromkeys(self.problems.pop(task.name).values())
+        if failed:
+            raise ImageError(" ".join(failed))
 
     def _results(self, batch: list[tuple[Task, Pixels]]) -> list[tuple[Task, list[Result]]]:
         """Those of the images whose scores are numbers."""
@@ -118,7 +146,12 @@ class Explainer:
             if not chosen:
                 continue
             start = time.perf_counter()
-            maps, units = self._maps(method, inputs[chosen], [targets[i] for i in chosen])
+            try:
+                maps, units = self._maps(method, inputs[chosen], [targets[i] for i in chosen])
+            except ImageError as error:
+                for i in chosen:
+                    self.problems.setdefault(batch[i][0].name, {})[method.name] = str(error)
+                continue
             seconds = (time.perf_counter() - start) / len(chosen)
             made.append((method, chosen, maps, units, seconds))
         # Not before every method has worked: results claim names in the folder, and a refusal leaves nothing there.
@@ -171,6 +204,8 @@ class Explainer:
         self, method: Method, inputs: torch.Tensor, targets: list[int]
     ) -> tuple[torch.Tensor, list[Any]]:
         """Float32 [N, C, H, W] (occlusion: C = 1) on the CPU, and the unit of each example (None for a class)."""
+        if method.name in self._given_up:
+            raise ImageError(self._given_up[method.name])
         try:
             if self.layer is None:
                 maps = attribute_class(method, self.model, inputs, targets, self.request.options)
@@ -188,6 +223,8 @@ class Explainer:
             # A ValueError speaks of arguments; anything else may be the image's.
             if isinstance(error, ValueError):
                 raise self._failed(sentence, method.name) from error
+            if self.request.preprocess.crop is not None and method.name not in self._worked:
+                self._given_up[method.name] = sentence  # all inputs have one shape: it would fail at each
             raise ImageError(sentence) from error
         self._worked.add(method.name)
         return maps.detach().to("cpu", torch.float32), units

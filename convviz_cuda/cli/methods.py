@@ -18,7 +18,8 @@ class Method:
     of_class: from a model, inputs [N, C, H, W], a target for each and the options to maps [N, C or 1, H, W].
     of_unit: the class in ``convviz_cuda.attr`` for a unit of a layer, None if there is none. signed: whether the sign
     of its maps means something. shows: what a map's colours are, if it has no channels to be reduced. options: the
-    names of the :class:`Options` that its maps depend on.
+    names of the :class:`Options` that its maps depend on. check: raises ValueError for a model that the method does not
+    suit, seen with inputs of the right shape; None if it suits all.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Method:
     signed: bool = False
     shows: str | None = None
     options: tuple[str, ...] = ()
+    check: Callable[[nn.Module, torch.Tensor, Options], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ def _cam(name: str, **settings: Any) -> Callable[..., torch.Tensor]:
         return method.attribute(inputs, targets, upsample="bilinear", **settings)
 
     return of_class
+
+
+def _has_classifier(model: nn.Module, inputs: torch.Tensor, options: Options) -> object:
+    from .. import attr
+
+    return attr.Cam(model, options.cam_layer).find(inputs)
 
 
 def _layer(name: str) -> Callable[..., torch.Tensor]:
@@ -188,7 +196,7 @@ METHODS = {
         Method("smoothgrad", "SmoothGrad", _noise("smoothgrad"), options=NOISE),
         Method("smoothgradsq", "SmoothGrad squared", _noise("smoothgrad_sq"), options=NOISE),
         Method("vargrad", "VarGrad", _noise("vargrad"), options=NOISE),
-        Method("cam", "CAM", _cam("Cam"), signed=True, shows="CAM", options=LAYER),
+        Method("cam", "CAM", _cam("Cam"), signed=True, shows="CAM", options=LAYER, check=_has_classifier),
         Method("gradcam", "Grad-CAM", _cam("LayerGradCam", relu_attributions=True), shows="Grad-CAM", options=LAYER),
         Method("gradcam++", "Grad-CAM++", _cam("GradCamPlusPlus"), shows="Grad-CAM++", options=LAYER),
         Method("layercam", "LayerCAM", _cam("LayerCam"), shows="LayerCAM", options=LAYER),

@@ -3,8 +3,11 @@
 A thin layer over :mod:`convviz_cuda.attr` with that library's normalisation: each layer's map is rectified, brought to
 [0, 1], interpolated to the input's size; several layers' maps are averaged; the result is brought to [0, 1] again.
 Different from it on purpose: too few or too many targets and a class that the model does not have raise, also inside of
-a ``with`` block; no hooks stay on the model; its mode is changed for the length of a call only; maps of functional,
-in-place and reused layers are those of the formula.
+a ``with`` block; no hooks stay on the model; its mode is changed for the length of a call at most; maps of functional,
+in-place and reused layers are those of the formula. So are Grad-CAM++'s, where that library adds 1e-6 to a denominator
+of the size of squared gradients: much where these are small (up to 0.45 of [0, 1] in SqueezeNet's maps). The sign of a
+principal component, which it leaves to the SVD, is chosen so that the strongest position is positive, in Eigen-CAM,
+Eigen-Grad-CAM and all maps with ``eigen_smooth``.
 """
 
 from __future__ import annotations
@@ -18,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import attr
-from ..activations import evaluating
 from ..attr._cam import ClassActivationMap, upsampled, weighed_maps
-from ..attr._gradient import check_module, in_training
+from ..attr._gradient import check_module, evaluated
 from ..attr._layer import LayerAttribution, Values
 from ..attr.eigen_cam import EigenCam
-from ..network import twin_of
 
 __all__ = [
     "BinaryClassifierOutputTarget",
@@ -140,7 +141,7 @@ class GradCAM:
 
     Args:
         model: an ``nn.Module``; it runs in evaluation mode, and is in its own mode again afterwards.
-        target_layers: a list of modules of the model.
+        target_layers: a list, or an ``nn.ModuleList``, of modules of the model.
         reshape_transform: brings what a layer gives to ``(N, C, h, w)``, as transformers need it.
         output: "numpy" returns arrays, "torch" tensors that stay on the device.
 
@@ -155,17 +156,18 @@ class GradCAM:
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module],
+        target_layers: Sequence[nn.Module] | nn.ModuleList,
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
         *,
         output: Literal["numpy", "torch"] = "numpy",
     ) -> None:
         check_module(model)
-        if (
-            isinstance(target_layers, nn.Module)
-            or not isinstance(target_layers, Sequence)
-            or not target_layers
-        ):
+        if isinstance(target_layers, nn.Module) and not isinstance(target_layers, nn.ModuleList):
+            raise ValueError(
+                f"target_layers must be a list of layers, but it is a {type(target_layers).__name__}: write [layer] "
+                "for its output, list(layer) for those of the modules in it."
+            )
+        if not isinstance(target_layers, Sequence | nn.ModuleList) or not len(target_layers):
             raise ValueError(
                 f"target_layers must be a list of at least one layer, but it is {target_layers!r}."
             )
@@ -198,7 +200,8 @@ class GradCAM:
             input_tensor: images ``(N, C, H, W)``, brought to the model's device.
             targets: a callable for each image that makes a score of its output; None: its strongest class.
             aug_smooth: the mean over the image, its mirror image, and both at 0.9 and 1.1 times the contrast.
-            eigen_smooth: the first principal component of the weighted maps in place of their sum.
+            eigen_smooth: the first principal component of the weighted maps in place of their sum; its sign is
+                chosen as Eigen-CAM's is.
 
         Raises ValueError for another number of targets than images, TypeError for targets that are none, IndexError for
         a class out of range, AssertionError for a layer that does not run.
@@ -220,21 +223,11 @@ class GradCAM:
         if not len(images):
             maps = torch.zeros((0, *images.shape[2:]), device=images.device)
         else:
-            model, layers = self._in_evaluation_mode()
-            with evaluating(model):
+            with evaluated(self.model, self.target_layers) as (model, layers):
                 maps = call(model, layers, images, targets, eigen_smooth)
         return maps if self.output == "torch" else maps.cpu().numpy()
 
     forward = __call__
-
-    def _in_evaluation_mode(self) -> tuple[nn.Module, list[nn.Module]]:
-        """The model and its layers; a copy with the same tensors of one in training mode, which other threads may be
-        training meanwhile."""
-        if not in_training(self.model):
-            return self.model, self.target_layers
-        twin = twin_of(self.model)
-        twins = dict(zip(map(id, self.model.modules()), twin.modules(), strict=True))
-        return twin, [twins[id(layer)] for layer in self.target_layers]
 
     def _smoothed(
         self,
@@ -314,7 +307,7 @@ class GradCAM:
 
 
 class GradCAMPlusPlus(GradCAM):
-    """Grad-CAM++ (Chattopadhay et al. 2018)."""
+    """Grad-CAM++ (Chattopadhay et al. 2018), with nothing added to its denominator."""
 
     method = attr.GradCamPlusPlus
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._evaluated import evaluated
 from ..attr._inputs import Target, extra_args
 from ..attr._masked import EXAMPLES, INPUT_BYTES
 from ..attr._masked_images import args_of_each_image, image_scores, of_each_image
@@ -20,7 +21,7 @@ from ..attr.rise import Score
 from ..progress import Progress
 from ..results import Result
 from ._curves import check_evaluation, check_model_and_images
-from ._evaluated import best_classes, check_targets, evaluated, target_record
+from ._evaluated import best_classes, check_targets, target_record
 from ._presets import check_preset
 from ._result import Metric, check_maps
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .._evaluated import evaluated
 from ..attr._inputs import Target
 from ..checks import Pair, check_int, pair
 from ..fills import Fill
@@ -30,7 +31,7 @@ from ._curves import (
     spread_over_pixels,
     uniform_fills,
 )
-from ._evaluated import evaluated, predicted, target_record
+from ._evaluated import predicted, target_record
 from ._presets import settled
 from ._result import Metric, check_maps
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._draws import drawn_from
+from .._evaluated import evaluated
 from ..attr._gradient import check_at_once, check_module, find_layer
 from ..attr._inputs import Target, extra_args
 from ..attr._masked_images import args_of_each_image
 from ..attr._taps import tapped
 from ..checks import check_images, check_int
 from ..progress import Progress
-from ._evaluated import evaluated
 from ._explain import Explainer, examples, name_of, predicted, recorded, recorded_target
 from ._result import check_finite
 from ._similarity import DEFAULT, Similarities, check_similarities, described, similar

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .._draws import normal
+from .._evaluated import evaluated
 from ..attr._inputs import Target
 from ..attr._masked import INPUT_BYTES
 from ..attr._masked_images import MaskedImages
 from ..checks import check_int, check_real
 from ..results import Result
 from ._curves import TIES, Curve, check_evaluation, check_model_and_images, curve_figure, ranked
-from ._evaluated import evaluated, predicted, scored, target_record
+from ._evaluated import predicted, scored, target_record
 from ._imputation import TOLERANCE, imputed
 from ._result import Metric, check_maps
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .._draws import drawn_as_usual, normal
+from .._evaluated import evaluated
 from ..attr._gradient import check_at_once
 from ..attr._inputs import Inputs, Target, as_tuple, extra_args, select_target
 from ..checks import check_callable, check_images, check_int, check_real
 from ..experiments.invariance import transform_images
 from ..mask_ops import philox
 from ..progress import Progress
-from ._evaluated import evaluated
 from ._explain import Explainer, check_method, examples, name_of, recorded, recorded_target
 from ._result import Metric, check_finite
 from ._similarity import DEFAULT, Similarities, check_similarities, described, similar

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .._evaluated import evaluated
 from ..attr._inputs import Target
 from ..attr._masked import memory_format
 from ..attr._masked_images import MaskedImages
@@ -23,7 +24,7 @@ from ._curves import (
     given_fills,
     ranked,
 )
-from ._evaluated import evaluated, predicted, scored, target_record
+from ._evaluated import predicted, scored, target_record
 from ._result import Metric, check_maps
 
 if TYPE_CHECKING:

@@ -1,6 +1,8 @@
+#include <type_traits>
 #include <vector>
 
 #include "kernels/isa.h"
+#include "kernels/lanes.h"
 #include "kernels/mask_images.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -125,10 +127,151 @@ struct Loop {
   }
 };
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CONVVIZ_COLOUR_BANDS 1
+
+// Colour images in float32, which is nearly all that is masked: some rows of all masks, then the next ones.
+// Each row of the image then stays in the nearest cache while the masks pass over it; the way there is the
+// bottleneck.
+constexpr int64_t BAND = 4, GROUP = 16;  // rows; masks at once
+
+// Vectors of W pixels.
+template <int W>
+struct ColourBands {
+  using Vector = Lanes<W>;
+  using V = typename Vector::Pack;
+  using Places = decltype(V{} < V{});  // integers, as many as numbers
+
+  MaskImagesArgs<float> args;
+  bool last;     // channels_last
+  float* lines;  // [GROUP, 3, width]: of each mask how far pixels are from their first column, two rows of
+                 // the grid
+  Run* runs;     // [GROUP, width]
+
+  struct Mask {
+    int64_t runs, held[2];  // how many runs; which rows of the grid the lines are
+  };
+
+  // Rows n * height + y.
+  CONVVIZ_HD void operator()(int64_t begin, int64_t end) const {
+    const int64_t height = args.height;
+    for (int64_t from = begin; from < end;) {
+      const int64_t first = from / height, to = min_of(end, (first + GROUP) * height);
+      group(first, from, to);
+      from = to;
+    }
+  }
+
+  CONVVIZ_HD void group(int64_t first, int64_t begin, int64_t end) const {
+    const int64_t height = args.height, count = (end - 1) / height - first + 1;
+    Mask masks[GROUP];
+    for (int64_t i = 0; i < count; ++i) masks[i] = {prepare(i, first + i), {-1, -1}};
+    for (int64_t top = 0; top < height; top += BAND) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = (first + i) * height;
+        const int64_t low = max_of(top, begin - row), high = min_of(min_of(top + BAND, height), end - row);
+        for (int64_t y = low; y < high; ++y) mask_row(i, first + i, y, masks[i]);
+      }
+    }
+  }
+
+  CONVVIZ_HD int64_t prepare(int64_t i, int64_t n) const {
+    float* weight = lines + i * 3 * args.width;
+    Run* run = runs + i * args.width;
+    int64_t count = 0;
+    for (int64_t x = 0; x < args.width; ++x) {
+      const Sample column = args.column(n, x);
+      if (count == 0 || column.low != run[count - 1].low) run[count++] = {x, 0, column.low, column.high};
+      run[count - 1].end = x + 1;
+      weight[x] = static_cast<float>(column.weight);
+    }
+    return count;
+  }
+
+  // Where this row of the grid is, between its columns; not written over the row `kept`.
+  CONVVIZ_HD const float* line(int64_t i, int64_t n, int64_t row, int64_t kept, Mask& mask) const {
+    float* const weight = lines + i * 3 * args.width;
+    for (int l = 0; l < 2; ++l) {
+      if (mask.held[l] == row) return weight + (1 + l) * args.width;
+    }
+    const int l = mask.held[0] == kept ? 1 : 0;
+    mask.held[l] = row;
+    float* const to = weight + (1 + l) * args.width;
+    const float* grid = args.grid_row(n, row);
+    const Run* run = runs + i * args.width;
+    for (int64_t j = 0; j < mask.runs; ++j) {
+      const float low = grid[run[j].low], high = grid[run[j].high];
+      for (int64_t x = run[j].begin; x < run[j].end; ++x) to[x] = blend(low, high, weight[x]);
+    }
+    return to;
+  }
+
+  CONVVIZ_HD void mask_row(int64_t i, int64_t n, int64_t y, Mask& mask) const {
+    const Sample row = args.row(n, y);
+    const float* low = line(i, n, row.low, row.high, mask);
+    const float* high = line(i, n, row.high, row.low, mask);
+    const float weight = static_cast<float>(row.weight);
+    const int64_t plane = args.height * args.width, image = args.image_of(n), width = args.width;
+    const int64_t step = last ? W : plane, start = y * width * (last ? 3 : 1);
+    const float* from = args.images + image * 3 * plane + start;
+    float* to = args.out + n * 3 * plane + start;
+    int64_t x = 0;
+    for (; x + W <= width; x += W) {
+      const V a = Vector::load(low + x), values = a + (Vector::load(high + x) - a) * weight;
+      if (last) {
+        colours<0>(from + 3 * x, values, to + 3 * x);
+        colours<1>(from + 3 * x, values, to + 3 * x);
+        colours<2>(from + 3 * x, values, to + 3 * x);
+      } else {
+        CONVVIZ_UNROLL
+        for (int c = 0; c < 3; ++c)
+          Vector::store(to + c * step + x, Vector::load(from + c * step + x) * values);
+      }
+    }
+    for (; x < width; ++x) {
+      const float value = blend(low[x], high[x], weight);
+      for (int64_t c = 0; c < 3; ++c) {
+        const int64_t at = last ? 3 * x + c : c * plane + x;
+        to[at] = from[at] * value;
+      }
+    }
+  }
+
+  // The vector C of three, in which each pixel's number stands for its three colours.
+  template <int C>
+  CONVVIZ_HD void colours(const float* from, const V& values, float* to) const {
+    Places places;
+    CONVVIZ_UNROLL
+    for (int l = 0; l < W; ++l) places[l] = (C * W + l) / 3;
+    Vector::store(to + C * W, Vector::load(from + C * W) * __builtin_shuffle(values, places));
+  }
+};
+
+template <int W>
+void mask_colour_images(const MaskImagesArgs<float>& args, bool last, int64_t begin, int64_t end) {
+  std::vector<float> lines(static_cast<size_t>(3 * GROUP * args.width));
+  std::vector<Run> runs(static_cast<size_t>(GROUP * args.width));
+  const ColourBands<W> bands{args, last, lines.data(), runs.data()};
+  if (W == 16) {
+    run_avx512(bands, begin, end);
+  } else {
+    run_avx2(bands, begin, end);
+  }
+}
+#endif
+
 }  // namespace
 
 template <class T>
 void mask_images_cpu(const MaskImagesArgs<T>& args, bool channels_last, int64_t begin, int64_t end) {
+#if defined(CONVVIZ_COLOUR_BANDS)
+  if constexpr (std::is_same_v<T, float>) {
+    if (args.channels == 3 && vector_level() == 2)
+      return mask_colour_images<16>(args, channels_last, begin, end);
+    if (args.channels == 3 && vector_level() == 1)
+      return mask_colour_images<8>(args, channels_last, begin, end);
+  }
+#endif
   const int64_t lanes = channels_last ? args.channels : 1;
   Scratch<T> scratch(args.width, args.width * lanes);
   run_widest(Loop<T>{args, lanes, scratch.runs.data(), scratch.lines.data()}, begin, end);

@@ -1,4 +1,5 @@
-// How the sum over a map changes where a patch replaces the base: one number for each variant and channel.
+// How the sum over a map changes where a patch replaces the base: one number for each variant and channel, in
+// the type that sums are kept in, because a sum over a map soon is more than a half type can hold.
 #pragma once
 
 #include "kernels/window_sources.h"
@@ -9,7 +10,7 @@ template <class T>
 struct SumWindowsArgs {
   WindowSources<T> from;
   Activation<T> activation;
-  T* out;  // [count, channels]
+  acc_t<T>* out;  // [count, channels]
   int64_t count, channels;
 };
 
@@ -40,7 +41,7 @@ struct SumWindows {
       }
       total += sum;
     }
-    args.out[i] = static_cast<T>(total);
+    args.out[i] = total;
   }
 };
 

@@ -36,8 +36,8 @@ struct ChannelsLastLoop {
         }
         for (int64_t l = 0; l < count; ++l) total[l] += sum[l];
       }
-      T* out = args.out + n * args.channels + c;
-      for (int64_t l = 0; l < count; ++l) out[l] = static_cast<T>(total[l]);
+      A* out = args.out + n * args.channels + c;
+      for (int64_t l = 0; l < count; ++l) out[l] = total[l];
     }
   }
 

@@ -61,18 +61,25 @@ template <class T, class S>
 struct Band {
   using A = acc_t<T>;
   using I = lane_index_t<T>;
-  static constexpr int64_t kPositions = 4096;
+  static constexpr int64_t kPositions = 4096;  // of a band; and of a window whose taps are tabled
   const UnpoolGeometry<T, S>& geometry;
   int64_t rows;                              // at most
   std::vector<A> signal;                     // all 0 between two bands
   std::vector<I> found;                      // likewise; bit 1: a window that was alive, bit 0: any window
-  std::vector<int64_t> down, right, offset;  // from tap 0 to each tap of a window
+  int64_t taps, last_down, last_right;       // of a window; from its tap 0 to its last
+  std::vector<int64_t> down, right, offset;  // from tap 0 to each, of a window that is not too large
+  Divider kernel_width;
 
   explicit Band(const UnpoolGeometry<T, S>& g)
       : geometry(g),
         rows(max_of<int64_t>(1, kPositions / g.args.w.in)),
         signal(rows * g.args.w.in, A(0)),
-        found(rows * g.args.w.in, 0) {
+        found(rows * g.args.w.in, 0),
+        taps(g.args.h.kernel * g.args.w.kernel),
+        last_down((g.args.h.kernel - 1) * g.args.h.dilation),
+        last_right((g.args.w.kernel - 1) * g.args.w.dilation),
+        kernel_width(g.args.w.kernel) {
+    if (taps > kPositions) return;
     for (int64_t kh = 0; kh < g.args.h.kernel; ++kh) {
       for (int64_t kw = 0; kw < g.args.w.kernel; ++kw) {
         down.push_back(kh * g.args.h.dilation);
@@ -82,28 +89,43 @@ struct Band {
     }
   }
 
+  int64_t down_to(int64_t tap) const {
+    return down.empty() ? kernel_width.quotient(tap) * geometry.args.h.dilation : down[tap];
+  }
+  int64_t right_to(int64_t tap) const {
+    if (!right.empty()) return right[tap];
+    return (tap - kernel_width.quotient(tap) * geometry.args.w.kernel) * geometry.args.w.dilation;
+  }
+
   // Rows first ... last - 1.
   template <bool OVERWRITE>
   void collect(const StridedWindows<T, S>& windows, int64_t first, int64_t last) {
     const UnpoolArgs<T, S>& args = geometry.args;
     const int64_t height = last - first, width = args.w.in;
     const Cover above = geometry.rows(first), below = geometry.rows(last - 1);
+    // Copies, as the compiler must take what is written below for the members themselves.
+    const int64_t* const table = offset.empty() ? nullptr : offset.data();
+    const I count = static_cast<I>(taps);
+    const int64_t reach = last_right;
+    A* const sums = signal.data();
+    I* const marks = found.data();
     for (int64_t oh = above.first; oh <= below.last; ++oh) {
       const T* grad = windows.grad_at(oh, 0);
       const S* switches = windows.switch_at(oh, 0);
       const int64_t top = oh * args.h.stride - args.h.padding - first;
-      const bool inside = top >= 0 && top + down.back() < height;
+      const bool inside = top >= 0 && top + last_down < height;
       for (int64_t ow = 0; ow < args.w.out; ++ow) {
         const I s = switches[ow], p = s < 0 ? ~s : s;
-        if (p >= static_cast<I>(down.size())) continue;
+        if (p >= count) continue;
         const int64_t left = ow * args.w.stride - args.w.padding;
-        if (!inside || left < 0 || left + right.back() >= width) {
-          const int64_t h = top + down[p], w = left + right[p];
+        if (!inside || left < 0 || left + reach >= width) {
+          const int64_t h = top + down_to(p), w = left + right_to(p);
           if (h < 0 || h >= height || w < 0 || w >= width) continue;
         }
-        const int64_t at = top * width + left + offset[p];
-        signal[at] = combined<OVERWRITE>(signal[at], to_acc(grad[ow * windows.column]), found[at] == 0);
-        found[at] |= s < 0 ? 1 : 3;
+        const int64_t tap = table != nullptr ? table[p] : down_to(p) * width + right_to(p);
+        const int64_t at = top * width + left + tap;
+        sums[at] = combined<OVERWRITE>(sums[at], to_acc(grad[ow * windows.column]), marks[at] == 0);
+        marks[at] |= s < 0 ? 1 : 3;
       }
     }
   }

@@ -10,9 +10,13 @@ namespace {
 
 using Pair = std::vector<int64_t>;
 
+// Below 2^31, as no product of two then overflows and a switch holds every position of a window.
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
 void check_pair(const Pair& values, int64_t least, const char* op, const char* name) {
-  STD_TORCH_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, op, ": ", name,
-                  " must be two integers of at least ", least, ".");
+  STD_TORCH_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least && values[0] <= kMost &&
+                      values[1] <= kMost,
+                  op, ": ", name, " must be two integers of at least ", least, " and below 2^31.");
 }
 
 struct Axes {
@@ -25,6 +29,8 @@ Axes pool_axes(int64_t height, int64_t width, const Pair& kernel, const Pair& st
   check_pair(stride, 1, op, "stride");
   check_pair(padding, 0, op, "padding");
   check_pair(dilation, 1, op, "dilation");
+  STD_TORCH_CHECK(kernel[0] * kernel[1] <= kMost, op, ": a window must have fewer than 2^31 positions, not ",
+                  kernel[0], "x", kernel[1], ".");
   return {{height, 0, kernel[0], stride[0], padding[0], dilation[0]},
           {width, 0, kernel[1], stride[1], padding[1], dilation[1]}};
 }

@@ -67,13 +67,15 @@ Tensor sum_windows(Tensor base, Tensor patch, Tensor variants, Tensor rows, Tens
   check_bias(bias, patch, op);
   const WindowTables tables = make_tables(variants, rows, cols, 1, base, op);
   const int64_t count = patch.size(0), channels = patch.size(1);
-  const Tensor out = empty_strided({count, channels}, {channels, 1}, patch.scalar_type(), patch);
+  const bool wide = patch.scalar_type() == ScalarType::Double;
+  const Tensor out =
+      empty_strided({count, channels}, {channels, 1}, wide ? ScalarType::Double : ScalarType::Float, patch);
   if (out.numel() == 0) return out;
   with_dtype(patch.scalar_type(), op, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const SumWindowsArgs<T> args{make_sources<T>(base, patch, tables),
-                                 make_activation<T>(bias ? &*bias : nullptr, low, high), write<T>(out), count,
-                                 channels};
+                                 make_activation<T>(bias ? &*bias : nullptr, low, high), write<acc_t<T>>(out),
+                                 count, channels};
     const int64_t positions = patch.size(2) * patch.size(3);
     if (out.is_cuda()) {
       on_cuda(out, op, [&](void* stream) { return CONVVIZ_CUDA_CALL(sum_windows_cuda(args, stream)); });

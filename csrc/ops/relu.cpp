@@ -16,14 +16,15 @@ Tensor forward(const Tensor& x, const Tensor& out, double lower, std::optional<d
   STD_TORCH_CHECK(is_dense(sizes_of(x), strides_of(x)), "relu: x must be non-overlapping and dense.");
   with_dtype(x.scalar_type(), "relu", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    // The bounds as the dtype holds them: they are values that the output takes.
+    // The bounds as the accumulator holds them, which is what PyTorch compares with; the output takes them
+    // rounded to the dtype.
     const acc_t<T> none = std::numeric_limits<acc_t<T>>::quiet_NaN();
     const ReluArgs<T> args{read<T>(x),
                            write<T>(out),
                            write<uint8_t>(mask),
                            numel,
-                           to_acc(static_cast<T>(static_cast<acc_t<T>>(lower))),
-                           upper ? to_acc(static_cast<T>(static_cast<acc_t<T>>(*upper))) : none};
+                           static_cast<acc_t<T>>(lower),
+                           upper ? static_cast<acc_t<T>>(*upper) : none};
     if (x.is_cuda()) {
       on_cuda(x, "relu", [&](void* stream) { return CONVVIZ_CUDA_CALL(relu_cuda(args, stream)); });
     } else {

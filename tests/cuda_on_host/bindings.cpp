@@ -80,8 +80,8 @@ void relu(const std::string& dtype, const py::array& x, const py::array& out, co
                            pointer<T>(out),
                            pointer<uint8_t>(mask),
                            numel,
-                           to_acc(static_cast<T>(static_cast<A>(lower))),
-                           upper ? to_acc(static_cast<T>(static_cast<A>(*upper))) : none};
+                           static_cast<A>(lower),
+                           upper ? static_cast<A>(*upper) : none};
     check(relu_cuda(args, nullptr));
   });
 }
@@ -258,7 +258,7 @@ void sum_windows(const std::string& dtype, const py::array& base, const py::arra
   with_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const SumWindowsArgs<T> args{sources<T>(base, patch, tables), activation<T>({bias, low, high}),
-                                 pointer<T>(out), out.shape(0), out.shape(1)};
+                                 pointer<acc_t<T>>(out), out.shape(0), out.shape(1)};
     check(sum_windows_cuda(args, nullptr));
   });
 }
