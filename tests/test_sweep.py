@@ -448,13 +448,21 @@ def test_reduced_precision_says_its_error(dtype):
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.fixture
+def tf32_flags():
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [each.allow_tf32 for each in flags]
+    yield flags
+    for each, value in zip(flags, before, strict=True):
+        each.allow_tf32 = value
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("before", [(True, False), (False, True)])
-def test_tf32_is_what_was_asked_for_and_put_back(monkeypatch, wanted, before):
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+def test_tf32_is_what_was_asked_for_and_put_back(monkeypatch, tf32_flags, wanted, before):
+    matmul, cudnn = tf32_flags
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(matmul, "allow_tf32", before[0])
-    monkeypatch.setattr(cudnn, "allow_tf32", before[1])
+    matmul.allow_tf32, cudnn.allow_tf32 = before
     seen = []
 
     def function(y):
