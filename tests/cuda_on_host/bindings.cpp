@@ -76,12 +76,8 @@ void relu(const std::string& dtype, const py::array& x, const py::array& out, co
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
     const A none = std::numeric_limits<A>::quiet_NaN();
-    const ReluArgs<T> args{pointer<T>(x),
-                           pointer<T>(out),
-                           pointer<uint8_t>(mask),
-                           numel,
-                           static_cast<A>(lower),
-                           upper ? static_cast<A>(*upper) : none};
+    const ReluArgs<T> args{pointer<T>(x), pointer<T>(out),       pointer<uint8_t>(mask),
+                           numel,         static_cast<A>(lower), upper ? static_cast<A>(*upper) : none};
     check(relu_cuda(args, nullptr));
   });
 }
