@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ._register import define, looped
 from .checks import Pair, check_float, check_images, pair
-from .window_checks import check_bounds, same_kind
+from .window_checks import same_kind
 from .window_ops import change
 from .window_reference import clamp
-from .winograd import BLOCK, as_channels_last, bias_of_results, check_place
+from .winograd import BLOCK, as_channels_last, check_place, checked_results
 
 __all__ = ["direct_conv2d", "direct_conv2d_", "direct_packed"]
 
@@ -131,14 +131,7 @@ def _checked(
             f"weight must be (blocks, {taps}, {BLOCK}), as direct_packed makes it for {x.shape[1]} channels and the "
             f"kernel_size {kernel_size!r}, but its shape is {tuple(weight.shape)}."
         )
-    whole = weight.shape[0] * BLOCK
-    count = whole if results is None else results
-    if count != whole and not whole - BLOCK < count < whole:
-        raise ValueError(
-            f"results must be the weight's, but it is {results!r} for a shape {tuple(weight.shape)}."
-        )
-    bias = bias_of_results(bias, "x", x, count)
-    check_bounds(low, high)
+    count, bias = checked_results(x, weight, weight.shape[0] * BLOCK, True, results, bias, low, high)
     return as_channels_last(x), weight.contiguous(), bias, count, kernel, steps
 
 

@@ -43,6 +43,11 @@ BACKWARD_RULES = ("gradient", "deconvnet", "guided")
 EXCITATION = "excitation"  # no rule of ReLUs: its forward records other nodes
 OVERLAPS = ("sum", "overwrite")
 NORMS = ("identity", "gradient")
+BATCH_NORM_TRAINS = (
+    "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
+    "statistics change. Call model.eval() first."
+)
+DROPOUT_TRAINS = "runs in training mode: attributions are random. Call model.eval() first."
 _TLS_KEY = "convviz_cuda.backward_rule"
 
 
@@ -433,10 +438,7 @@ def _batch_norm(
             "change each other's attributions."
         )
     elif training:
-        _warn(
-            "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
-            "statistics change. Call model.eval() first."
-        )
+        _warn(BATCH_NORM_TRAINS)
     elif constants is not None and _recorded(input):
         return nodes.BatchNormEval.apply(input, running_mean, running_var, weight, bias, eps)
     return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -444,7 +446,7 @@ def _batch_norm(
 
 def _dropout(session, func, input, p=0.5, training=True, inplace=False):
     if training and p > 0:
-        _warn(f"Dropout (p={p}) runs in training mode: attributions are random. Call model.eval() first.")
+        _warn(f"Dropout (p={p}) {DROPOUT_TRAINS}")
     return func(input, p, training, inplace)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import LayerReader
-from .attr._gradient import GradientAttribution, NeuronAttribution, check_module, evaluated, gradients
+from .attr._gradient import GradientAttribution, NeuronAttribution, check_module, evaluation_copy, gradients
 from .checks import integer
 from .fills import gaussian_blur
 from .imaging import colour_limit, denormalised, number, signed_rgb, three_channels
@@ -259,7 +259,7 @@ class ClassModel:
         mean_shown = _shown("mean", mean, shape, wide, device)
         std_shown = _shown("std", std, shape, wide, device)
 
-        with evaluated(self.model, [] if self._module is None else [self._module]) as (model, layers):
+        with evaluation_copy(self.model, [] if self._module is None else [self._module]) as (model, layers):
             ascent = _Ascent(model, layers[0] if layers else None, dtype, options)
             found = ascent.output(torch.zeros(1, *shape, dtype=wide, device=device))
             resolved = _resolve(given, found.shape[1:])

@@ -384,13 +384,7 @@ def _checked(
             f"or that packed, but its shape is {tuple(weight.shape)}."
         )
     whole = weight.shape[0] * BLOCK if packed else weight.shape[2]
-    count = whole if results is None else results
-    if count != whole and not (packed and whole - BLOCK < count < whole):
-        raise ValueError(
-            f"results must be the weight's, but it is {results!r} for a shape {tuple(weight.shape)}."
-        )
-    bias = bias_of_results(bias, "x", x, count)
-    check_bounds(low, high)
+    count, bias = checked_results(x, weight, whole, packed, results, bias, low, high)
     padding = _checked_padding(x, padding)
     if x.device.type == "cpu" and x.dtype == torch.float32:
         weight = weight.contiguous() if packed else _blocks(weight)
@@ -399,6 +393,27 @@ def _checked(
             f"Packed weights are for float32 on the CPU, but x is {x.dtype} on {x.device}: give (16, Ci, Co)."
         )
     return weight, bias, count, padding
+
+
+def checked_results(
+    x: Tensor,
+    weight: Tensor,
+    whole: int,
+    packed: bool,
+    results: int | None,
+    bias: Tensor | None,
+    low: float,
+    high: float,
+) -> tuple[int, Tensor | None]:
+    """How many results a weight gives, of which a packed one has ``whole`` with those that fill up its last block, and
+    their bias; what is done to them is checked too."""
+    count = whole if results is None else results
+    if count != whole and not (packed and whole - BLOCK < count < whole):
+        raise ValueError(
+            f"results must be the weight's, but it is {results!r} for a shape {tuple(weight.shape)}."
+        )
+    check_bounds(low, high)
+    return count, bias_of_results(bias, "x", x, count)
 
 
 def check_place(out: Tensor, x: Tensor, channel: int, results: int, size: Sequence[int]) -> None:

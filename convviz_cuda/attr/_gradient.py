@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checks import check_int
 from ..network import settings_of, twin_of
-from ..rules import backward_rule
+from ..rules import BATCH_NORM_TRAINS, DROPOUT_TRAINS, backward_rule
 from ._inputs import (
     Inputs,
     Selector,
@@ -248,28 +248,8 @@ def target_scores(targets: Any) -> list[Callable[[Tensor], Tensor]]:
 
 
 # Functions that give Python what is in a tensor.
-LOOKS = {
-    *(
-        "__array__",
-        "__bool__",
-        "__complex__",
-        "__contains__",
-        "__dlpack__",
-        "__float__",
-        "__index__",
-        "__int__",
-    ),
-    *(
-        "__nonzero__",
-        "allclose",
-        "data_ptr",
-        "equal",
-        "is_nonzero",
-        "item",
-        "numpy",
-        "tolist",
-        "untyped_storage",
-    ),
+LOOKS = frozenset(["allclose", "data_ptr", "equal", "is_nonzero", "item", "numpy", "tolist", "untyped_storage"]) | {
+    f"__{name}__" for name in ["array", "bool", "complex", "contains", "dlpack", "float", "index", "int", "nonzero"]
 }
 REMEMBERED = 16  # shapes of inputs and settings of a model
 
@@ -437,18 +417,9 @@ def warn_in_training(function: Any) -> None:
         return
     training = [module for module in function.modules() if module.training]
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in training):
-        warnings.warn(
-            "Batch norm runs in training mode: the images of a batch change each other's attributions, and the running "
-            "statistics change. Call model.eval() first.",
-            UserWarning,
-            stacklevel=4,
-        )
+        warnings.warn(BATCH_NORM_TRAINS, UserWarning, stacklevel=4)
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in training):
-        warnings.warn(
-            "Dropout runs in training mode: attributions are random. Call model.eval() first.",
-            UserWarning,
-            stacklevel=4,
-        )
+        warnings.warn(f"Dropout {DROPOUT_TRAINS}", UserWarning, stacklevel=4)
 
 
 def undoing(function: Any) -> Callable[[], None] | None:
@@ -488,7 +459,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluated(
+def evaluation_copy(
     model: nn.Module, layers: Sequence[nn.Module] = ()
 ) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """The model and layers of it, all in evaluation mode.

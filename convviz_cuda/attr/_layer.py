@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..rules import backward_rule
-from ._gradient import GradientAttribution, evaluated, find_layer, warn_in_training
+from ._gradient import GradientAttribution, evaluation_copy, find_layer, warn_in_training
 from ._inputs import Inputs, as_tuple, cloned, extra_args, restore
 from ._taps import tapped
 
@@ -206,7 +206,7 @@ def look(
     Returns:
         The output and what was found.
     """
-    with torch.no_grad(), evaluated(model, inner_modules(model)) as (twin, modules):
+    with torch.no_grad(), evaluation_copy(model, inner_modules(model)) as (twin, modules):
         for xs in examples[:-1]:
             with contextlib.suppress(Exception), watch(modules) as found:
                 return twin(*(x.clone() for x in xs), *extra_args(args)), found

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import attr
 from ..attr._cam import ClassActivationMap, upsampled, weighed_maps
-from ..attr._gradient import check_module, evaluated
+from ..attr._gradient import check_module, evaluation_copy
 from ..attr._layer import LayerAttribution, Values
 from ..attr.eigen_cam import EigenCam
 
@@ -223,7 +223,7 @@ class GradCAM:
         if not len(images):
             maps = torch.zeros((0, *images.shape[2:]), device=images.device)
         else:
-            with evaluated(self.model, self.target_layers) as (model, layers):
+            with evaluation_copy(self.model, self.target_layers) as (model, layers):
                 maps = call(model, layers, images, targets, eigen_smooth)
         return maps if self.output == "torch" else maps.cpu().numpy()
 
