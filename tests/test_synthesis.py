@@ -47,7 +47,9 @@ def score_gradient(score, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_maximum_of_a_linear_score(keep):
     """The maximum of w.x + b - l2 |x|^2 is w / (2 l2)."""
-    torch.manual_seed(0)  # near the maximum rounding decides which score is the best, and how near its image is
+    torch.manual_seed(
+        0
+    )  # near the maximum rounding decides which score is the best, and how near its image is
     model = nn.Sequential(nn.Flatten(), nn.Linear(60, 1)).double()
     weight, bias = model[1].weight.detach(), model[1].bias.detach()
     found = ClassModel(model).generate(

@@ -248,8 +248,11 @@ def target_scores(targets: Any) -> list[Callable[[Tensor], Tensor]]:
 
 
 # Functions that give Python what is in a tensor.
-LOOKS = frozenset(["allclose", "data_ptr", "equal", "is_nonzero", "item", "numpy", "tolist", "untyped_storage"]) | {
-    f"__{name}__" for name in ["array", "bool", "complex", "contains", "dlpack", "float", "index", "int", "nonzero"]
+LOOKS = frozenset(
+    ["allclose", "data_ptr", "equal", "is_nonzero", "item", "numpy", "tolist", "untyped_storage"]
+) | {
+    f"__{name}__"
+    for name in ["array", "bool", "complex", "contains", "dlpack", "float", "index", "int", "nonzero"]
 }
 REMEMBERED = 16  # shapes of inputs and settings of a model
 
