@@ -14,6 +14,9 @@ from hypothesis import settings
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(4, torch.get_num_threads()) // workers))
 
+# So that a comparison that fails in a module of shared cases shows its values, as one in a test does.
+pytest.register_assert_rewrite(*(module.stem for module in Path(__file__).parent.glob("*_cases.py")))
+
 # A shell starts background jobs with SIGINT ignored, and processes inherit that: tests of Ctrl-C would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
