@@ -54,3 +54,18 @@ def squeezenet(squeezenet_weights: Path) -> torch.nn.Module:
     model = squeezenet1_0()
     load_weights(model, squeezenet_weights)
     return model
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with net.py and three photographs of different sizes, for the command."""
+    import numpy as np
+    from cli_cases import MODEL_FILE
+    from PIL import Image
+
+    (tmp_path / "net.py").write_text(MODEL_FILE)
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0)
+    for name, size in (("a.png", (40, 60, 3)), ("b.jpg", (50, 50)), ("c.png", (64, 40, 4))):
+        Image.fromarray(noise.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / "photos" / name)
+    return tmp_path

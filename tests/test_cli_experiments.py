@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_cases import invoke, written
 from PIL import Image
-from typer.testing import CliRunner
 
 from convviz_cuda import models, scenes
-from convviz_cuda.cli import app as app_module
 from convviz_cuda.cli import experiments as commands
 from convviz_cuda.deconvnet import DeconvNet
 from convviz_cuda.preprocess import Preprocess, open_image
@@ -29,14 +28,6 @@ def net():
         nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
     )
 """
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app_module.app, [str(a) for a in arguments])
-
-
-def written(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir())
 
 
 def generated(count: int, seed: int = 0) -> torch.Tensor:
