@@ -129,17 +129,23 @@ def test_random_networks(specs, size, window, stride, border, head, seed, kind):
 # -- wide, branched and padded layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wide_convolutions(dtype):
-    """Wide enough for Winograd's way in float32; single precision is as near to the truth as brute force is."""
+@pytest.fixture(scope="module")
+def wide():
+    """A network wide enough for Winograd's way, images, and the scores under all windows, in double precision."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 192, 3, 2, 1), nn.ReLU(), nn.Conv2d(192, 200, 3, padding=1), nn.ReLU6(), nn.MaxPool2d(2),
         nn.Conv2d(200, 192, 3, padding=(0, 2)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 7),
-    ).eval()  # fmt: skip
+    ).double().eval()  # fmt: skip
     x = images(2, 3, 45, 38, torch.float64)
-    truth = brute_force(model.double(), x, 9, 7)
-    model, x = model.to(dtype), x.to(dtype)
+    return model, x, brute_force(model, x, 9, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_convolutions(wide, dtype):
+    """Winograd's way in float32; single precision is as near to the truth as brute force is."""
+    model, x, truth = wide
+    model, x = copy.deepcopy(model).to(dtype), x.to(dtype)
     found = occlusion_sweep(model, x, 9, 7).scores().double()
     close(found, truth, 1e-10 if dtype == torch.float64 else 1e-5)
     if dtype == torch.float32:
