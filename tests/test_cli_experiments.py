@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from convviz_cuda import models, scenes
 from convviz_cuda.cli import experiments as commands
 from convviz_cuda.deconvnet import DeconvNet
+from convviz_cuda.experiments import ablation
 from convviz_cuda.preprocess import Preprocess, open_image
 
 HERE = Path(__file__).parent
@@ -184,7 +186,8 @@ def test_probes(tmp_path):
     assert "| linear SVM," in result.output and "| baseline, 1 a class |" in result.output
 
 
-def test_ablate_goes_on(tmp_path):
+def test_ablate_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "SETTINGS", replace(ablation.SETTINGS, held_out=64))  # of 2048
     out = tmp_path / "out"
     arguments = (
         "ablate",
