@@ -17,6 +17,7 @@ from torch import Tensor
 from convviz_cuda import models, scenes
 from convviz_cuda.attr import ExtremalMasks, ExtremalPerturbation
 from convviz_cuda.attr.extremal_perturbation import Levels, SmoothMasks, area_loss, blurred
+from convviz_cuda.preprocess import Preprocess
 
 F64, F32 = torch.float64, torch.float32
 FEW = {"steps": 4, "areas": (0.1, 0.3), "sigma": 3.0, "step": 2, "blur_sigma": 2.0}
@@ -647,3 +648,22 @@ def test_what_is_preserved_of_scenes_keeps_the_class_and_lies_on_the_object():
         )
     assert kept > 0.8 and max(others) < kept - 0.2
     assert share(masks) > 0.85 and max(map(share, moved)) < share(masks) - 0.1 and float(inside.mean()) < 0.3
+
+
+def test_what_is_preserved_of_a_photograph_is_the_coffee(squeezenet):
+    data, images = pytest.importorskip("skimage.data"), pytest.importorskip("PIL.Image")
+    preprocess = Preprocess()
+    x = preprocess.tensor(preprocess.picture(images.fromarray(data.coffee())))[None]
+    found = ExtremalPerturbation(squeezenet).masks(x, 967, areas=0.1, steps=50)  # espresso
+    mask = found.masks[0, 0, 0]
+    assert abs(float(mask.mean()) - 0.1) < 0.02 and float((mask > 0.5).double().mean()) < 0.12
+    cup = torch.zeros(224, 224)
+    cup[:135, 30:195] = 1  # drawn by hand, 44 % of the picture
+    assert float((mask * cup).sum() / mask.sum()) > 0.9
+    # The controls: the same mask half a picture away, where it shows as much.
+    moved = torch.stack([mask.roll(112, 1), mask.roll(112, 0), mask.roll((112, 112), (0, 1))])
+    given, _ = Levels(x, "blur", 20.0, 8).mixed(torch.zeros(3, dtype=torch.long), moved)
+    with torch.no_grad():
+        others = squeezenet(given)[:, 967]
+    assert float(found.kept) > 5 and float(others.max()) < float(found.kept) / 2
+    torch.testing.assert_close(found.clean, squeezenet(x)[:, 967].detach(), rtol=1e-4, atol=1e-4)

@@ -147,7 +147,8 @@ class ExtremalPerturbation(GradientAttribution):
                 scores of about 10, as logits are; of larger ones it must be larger, or areas are not kept to.
             score: "output" takes what the function returns; "softmax" takes the probability, for functions that return
                 logits ``(N, classes, ...)``. Of a probability the log-odds are maximised: they rise with it, and have a
-                gradient also where it is nearly 0 or 1.
+                gradient also where it is nearly 0 or 1. A mask that keeps a class's logit may raise those of other
+                classes more, so that the prediction is lost; "softmax" seeks one that keeps the prediction.
             batch_size: masks that are optimised together; None chooses for the device. The result depends on it by
                 rounding alone.
             memory_limit: bytes of tensors that a step may hold at once, as far as the number of masks can keep to it:
@@ -204,7 +205,11 @@ class ExtremalPerturbation(GradientAttribution):
         momentum: float = 0.9, weight: float = 300.0, growth: float = 10.0, score: Score = "output",
         batch_size: int | None = None, memory_limit: int | None = None, show_progress: bool = False,
     ) -> ExtremalMasks:  # fmt: skip
-        """:meth:`attribute`, with the mask of each area, their scores and the smallest area that is enough."""
+        """:meth:`attribute`, with the mask of each area, their scores and the smallest area that is enough.
+
+        What keeps most of a score can be as large as the object, which areas then have to reach: the default ones end
+        at a fifth of the image.
+        """
         plan = _Plan.checked(
             inputs, areas, steps, variant, perturbation, blur_sigma, levels, step, sigma, temperature, lr, momentum,
             weight, growth, score,
