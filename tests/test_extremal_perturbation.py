@@ -654,7 +654,7 @@ def test_what_is_preserved_of_a_photograph_is_the_coffee(squeezenet):
     data, images = pytest.importorskip("skimage.data"), pytest.importorskip("PIL.Image")
     preprocess = Preprocess()
     x = preprocess.tensor(preprocess.picture(images.fromarray(data.coffee())))[None]
-    found = ExtremalPerturbation(squeezenet).masks(x, 967, areas=0.1, steps=50)  # espresso
+    found = ExtremalPerturbation(squeezenet).masks(x, 967, areas=0.1, steps=30)  # espresso
     mask = found.masks[0, 0, 0]
     assert abs(float(mask.mean()) - 0.1) < 0.02 and float((mask > 0.5).double().mean()) < 0.12
     cup = torch.zeros(224, 224)
