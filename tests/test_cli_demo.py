@@ -31,8 +31,8 @@ def test_demo(tmp_path):
     # Of the methods of the second sheet too, most maps are strongest on the object.
     peaks = [(method, p["box"], peak) for p in shown for method, peak in p.get("peaks", {}).items()]
     inside = [(m, x0 <= x < x1 and y0 <= y < y1) for m, (x0, y0, x1, y1), (x, y) in peaks]
-    assert len(inside) == 7 * 6 and sum(hit for _, hit in inside) >= 0.8 * len(inside)
-    assert all(hit for method, hit in inside if method in ("gradcam++", "rise", "contrastive"))
+    assert len(inside) == 8 * 6 and sum(hit for _, hit in inside) >= 0.8 * len(inside)
+    assert all(hit for method, hit in inside if method in ("gradcam++", "rise", "extremal", "contrastive"))
     for name in record["files"]:
         pixels = np.asarray(Image.open(tmp_path / "demo" / name))
         assert min(pixels.shape[:2]) > (300 if name == "settling.png" else 500) and pixels.std() > 20
