@@ -28,9 +28,10 @@ from convviz_cuda.sheets import Panel, Row, sheet  # noqa: E402
 # Photograph, class and its name.
 SCENES = (("chelsea", 285, "Egyptian cat"), ("coffee", 967, "espresso"))
 SHOWN = (
-    "gradcam", "gradcam++", "eigencam", "scorecam", "guidedgradcam", "integrated", "smoothgrad", "rise", "excitation",
+    "gradcam", "gradcam++", "eigencam", "scorecam", "guidedgradcam", "integrated", "smoothgrad", "rise", "extremal",
+    "excitation",
 )  # fmt: skip
-OVERLAID = ("gradcam", "gradcam++", "eigencam", "scorecam", "rise", "excitation")
+OVERLAID = ("gradcam", "gradcam++", "eigencam", "scorecam", "rise", "extremal", "excitation")
 OPTIONS = Options(cam_layer="features.12", masks=4000)
 SIDE = 176
 
