@@ -21,7 +21,7 @@ class KeptBuffers:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._kept = [
-            (part, name, buffer, buffer.detach().clone(), _version(buffer))
+            (part, name, buffer, buffer.clone(), _version(buffer))
             for part in modules
             for name, buffer in part._buffers.items()
             if buffer is not None and not nn.parameter.is_lazy(buffer)
