@@ -5,6 +5,8 @@ A node that follows a rule asks its session (:class:`convviz_cuda.backward_rule`
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
 from collections.abc import Callable
@@ -65,6 +67,29 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
 def _dense_as(signal: Tensor, layout: torch.memory_format) -> Tensor:
     """The signal in the layout of the forward's output: what convolutions want, and expanded sums become real."""
     return signal.contiguous(memory_format=layout) if signal.dim() == 4 else signal.contiguous()
+
+
+# What glibc gives back to the system as soon as it is freed, and larger than what else is worth a walk over the heap.
+LARGE = 3 << 24
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], Any] | None:
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another system or another C library
+        return ctypes.CDLL(None).malloc_trim
+    return None
+
+
+def _give_back(signal: Tensor, size: Any) -> None:
+    """Called before a CPU map of this size is made for a signal: a large one makes the peak of a backward's memory.
+
+    Maps of up to 32 MB stay with glibc when they are freed, where maps of the same size often do not fit again: they
+    were a third of the peak of VGG16 with 8 images (benchmarks/test_memory.py).
+    """
+    if signal.device.type == "cpu" and math.prod(size) * signal.element_size() >= LARGE:
+        trim = _malloc_trim()
+        if trim is not None:
+            trim(0)
 
 
 # ------------------------------------------------------------------------------------------------- nodes
@@ -142,6 +167,7 @@ class MaxPool2d(Function):
 
 def _unpool(signal: Tensor, switches: Tensor, size: Any, geometry: Any, overwrite: bool, rule: int) -> Tensor:
     def through(merged: Tensor) -> Tensor:
+        _give_back(merged, (*merged.shape[:2], *size))
         return _call(ops.switch_unpool2d_op, merged, switches, size, *geometry, rule, overwrite)
 
     return _per_signal(through, signal)

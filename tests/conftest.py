@@ -14,6 +14,9 @@ from hypothesis import settings
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(4, torch.get_num_threads()) // workers))
 
+# So that a comparison that fails in a module of shared cases shows its values, as one in a test does.
+pytest.register_assert_rewrite(*(module.stem for module in Path(__file__).parent.glob("*_cases.py")))
+
 # A shell starts background jobs with SIGINT ignored, and processes inherit that: tests of Ctrl-C would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,3 +54,18 @@ def squeezenet(squeezenet_weights: Path) -> torch.nn.Module:
     model = squeezenet1_0()
     load_weights(model, squeezenet_weights)
     return model
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with net.py and three photographs of different sizes, for the command."""
+    import numpy as np
+    from cli_cases import MODEL_FILE
+    from PIL import Image
+
+    (tmp_path / "net.py").write_text(MODEL_FILE)
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0)
+    for name, size in (("a.png", (40, 60, 3)), ("b.jpg", (50, 50)), ("c.png", (64, 40, 4))):
+        Image.fromarray(noise.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / "photos" / name)
+    return tmp_path

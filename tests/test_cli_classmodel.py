@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_cases import written
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -33,10 +33,6 @@ def net():
 
 def invoke(*arguments):
     return CliRunner().invoke(app_module.app, ["classmodel", *(str(a) for a in arguments)])
-
-
-def written(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir())
 
 
 def test_classes_of_zfnet_mini(tmp_path):

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cli_cases import invoke
 from PIL import Image
-from test_cli import invoke, work  # noqa: F401
 
 from convviz_cuda import attr, metrics, models, scenes
 from convviz_cuda.cli import compare as module
@@ -161,7 +161,7 @@ def test_a_broken_off_run_and_a_smaller_one_lose_no_row(copied, monkeypatch: pyt
 
 
 def test_a_row_is_of_these_weights_pixels_and_device(
-    work,  # noqa: F811
+    work,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -256,7 +256,7 @@ def test_maps_that_become_constant_are_no_number(tmp_path, monkeypatch: pytest.M
     assert "|  | 0.50 |" in (tmp_path / "compare.md").read_text()
 
 
-def test_photographs_have_no_truth(work, tmp_path) -> None:  # noqa: F811
+def test_photographs_have_no_truth(work, tmp_path) -> None:
     model = f"{work / 'net.py'}:net"
     sized = ("--resize", 36, "--crop", 32)
     out = tmp_path / "out"
@@ -391,14 +391,14 @@ def photographs(folder: Path, model: str, out: Path, *more: object):
         ("Means", (*SIZED, "--randomize"), "the model has no parameters"),
     ],
 )
-def test_models_and_images_that_do_not_fit(model: str, more, words: str, work, tmp_path) -> None:  # noqa: F811
+def test_models_and_images_that_do_not_fit(model: str, more, words: str, work, tmp_path) -> None:
     result = photographs(work, model, tmp_path / "out", *more)
     assert result.exit_code == 2, result.output
     assert words in result.output and len(result.output) < 400
     assert not (tmp_path / "out" / "compare.json").exists()
 
 
-def test_folders_that_cannot_be_written(work, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_folders_that_cannot_be_written(work, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = watch(monkeypatch)
     for out in (work / "net.py" / "x", Path("/proc/x")):
         result = photographs(work, "net", out, *SIZED)
@@ -410,7 +410,7 @@ def test_folders_that_cannot_be_written(work, tmp_path, monkeypatch: pytest.Monk
     assert not asked
 
 
-def test_small_images(work, tmp_path) -> None:  # noqa: F811
+def test_small_images(work, tmp_path) -> None:
     """Fewer pixels than steps, and too few for a similarity that is not asked for."""
     result = photographs(work, "Means", tmp_path / "out", "--resize", 12, "--crop", 3)
     assert result.exit_code == 0, result.output
@@ -449,7 +449,7 @@ def test_a_file_of_something_else_is_left_alone(spoilt, copied, monkeypatch: pyt
     assert not asked and file.read_text() == spoilt
 
 
-def test_what_is_counted(work, tmp_path) -> None:  # noqa: F811
+def test_what_is_counted(work, tmp_path) -> None:
     result = photographs(work, "shallow", tmp_path / "out", *SIZED, "--randomize", "--batch-size", 2)
     for line in ("saliency: 3/3 images", f"insertion and deletion: {3 * 2 * (STEPS + 1)}/", ": 9/9 maps"):
         assert line in result.stderr

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_cases import invoke, written
 from PIL import Image
-from typer.testing import CliRunner
 
 from convviz_cuda import models, scenes
-from convviz_cuda.cli import app as app_module
 from convviz_cuda.cli import experiments as commands
 from convviz_cuda.deconvnet import DeconvNet
+from convviz_cuda.experiments import ablation
 from convviz_cuda.preprocess import Preprocess, open_image
 
 HERE = Path(__file__).parent
@@ -29,14 +30,6 @@ def net():
         nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
     )
 """
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app_module.app, [str(a) for a in arguments])
-
-
-def written(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir())
 
 
 def generated(count: int, seed: int = 0) -> torch.Tensor:
@@ -193,7 +186,8 @@ def test_probes(tmp_path):
     assert "| linear SVM," in result.output and "| baseline, 1 a class |" in result.output
 
 
-def test_ablate_goes_on(tmp_path):
+def test_ablate_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "SETTINGS", replace(ablation.SETTINGS, held_out=64))  # of 2048
     out = tmp_path / "out"
     arguments = (
         "ablate",

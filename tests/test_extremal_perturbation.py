@@ -17,6 +17,7 @@ from torch import Tensor
 from convviz_cuda import models, scenes
 from convviz_cuda.attr import ExtremalMasks, ExtremalPerturbation
 from convviz_cuda.attr.extremal_perturbation import Levels, SmoothMasks, area_loss, blurred
+from convviz_cuda.preprocess import Preprocess
 
 F64, F32 = torch.float64, torch.float32
 FEW = {"steps": 4, "areas": (0.1, 0.3), "sigma": 3.0, "step": 2, "blur_sigma": 2.0}
@@ -74,7 +75,7 @@ def test_a_mask_has_the_symmetries_of_its_parameters():
 def test_the_area_loss_of_a_hand_made_mask():
     # Sorted: 0, .1, .2, .5, .9, 1. A third of six pixels are 2 ones: squares 0, .01, .04, .25, .01, 0.
     mask = torch.tensor([[[0.9, 0.1, 0.5], [1.0, 0.2, 0.0]]], dtype=F64, requires_grad=True)
-    loss = area_loss(mask, torch.tensor([1 / 3]))
+    loss = area_loss(mask, [1 / 3])
     assert loss.item() == pytest.approx(0.31 / 6, abs=1e-12)
     loss.sum().backward()
     expected = torch.tensor([[[-0.1, 0.1, 0.5], [0.0, 0.2, 0.0]]], dtype=F64) * 2 / 6
@@ -83,11 +84,11 @@ def test_the_area_loss_of_a_hand_made_mask():
 
 @pytest.mark.parametrize("area", [0.001, 0.03, 0.5, 0.77, 1.0])
 def test_the_area_loss_is_the_distance_of_the_sorted_mask(area):
-    masks = drawn(3, 9, 11)
-    ones = max(1, round(area * 99))
-    wanted = torch.tensor([0.0] * (99 - ones) + [1.0] * ones, dtype=F64)
+    masks, areas = drawn(4, 9, 11), [area, 0.2, 0.21, area]
+    ones = [max(1, round(each * 99)) for each in areas]
+    wanted = torch.tensor([[0.0] * (99 - count) + [1.0] * count for count in ones], dtype=F64)
     expected = (masks.flatten(1).sort(1).values - wanted).square().mean(1)
-    found = area_loss(masks, torch.full((3,), area, dtype=F64))
+    found = area_loss(masks, areas)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
@@ -95,7 +96,7 @@ def test_equal_values_have_equal_gradients_and_the_same_loss():
     # Of 8 pixels 3 are ones; the four of .5 fill the ranks 4 to 7, of which two are ones.
     values = [0.1, 0.5, 0.5, 1.0, 0.3, 0.5, 0.5, 0.2]
     mask = torch.tensor(values, dtype=F64).view(1, 2, 4).requires_grad_()
-    loss = area_loss(mask, torch.tensor([3 / 8]))
+    loss = area_loss(mask, [3 / 8])
     assert loss.item() == pytest.approx((0.01 + 0.04 + 0.09 + 4 * 0.25 + 0) / 8, abs=1e-12)
     (found,) = torch.autograd.grad(loss.sum(), mask)
     share = [0.5 if value == 0.5 else float(value == 1.0) for value in values]
@@ -104,7 +105,7 @@ def test_equal_values_have_equal_gradients_and_the_same_loss():
     # Rounding does not rank: a mask that is uniform but for it is pushed everywhere alike.
     noise = 1e-8 * drawn(1, 5, 7)
     mask = (0.4 + noise).requires_grad_()
-    (found,) = torch.autograd.grad(area_loss(mask, torch.tensor([0.2])).sum(), mask)
+    (found,) = torch.autograd.grad(area_loss(mask, [0.2]).sum(), mask)
     torch.testing.assert_close(found, torch.full_like(found, 2 * 0.2 / 35), rtol=0, atol=1e-8)
 
 
@@ -223,7 +224,7 @@ def test_the_first_step_is_the_gradient_of_the_objective():
     def objective(parameters: Tensor) -> Tensor:
         masks = smooth(parameters)
         mixed, _ = levels.mixed(torch.arange(2), masks)
-        return model(mixed)[:, 3] - 3.0 * area_loss(masks, torch.tensor([0.25, 0.25]))
+        return model(mixed)[:, 3] - 3.0 * area_loss(masks, [0.25, 0.25])
 
     lr, h = 1e-3, 1e-6
     start = torch.ones(2, *smooth.grid, dtype=F64)
@@ -238,7 +239,7 @@ def test_the_first_step_is_the_gradient_of_the_objective():
     found = ExtremalPerturbation(model).masks(x, 3, lr=lr, **options)
     assert (expected < smooth(start) - 1e-5).any()
     torch.testing.assert_close(found.masks[0, :, 0], expected, rtol=0, atol=1e-7)
-    scores = before + 3.0 * area_loss(smooth(start), torch.tensor([0.25, 0.25]))
+    scores = before + 3.0 * area_loss(smooth(start), [0.25, 0.25])
     torch.testing.assert_close(found.curve[0, :, 0], scores, rtol=0, atol=1e-9)
 
 
@@ -249,7 +250,7 @@ def test_the_ascent_is_that_of_pytorchs_optimiser(variant):
     start = 0.0 if variant == "deletion" else 1.0
     parameters = torch.full((2, *smooth.grid), start, dtype=F64, requires_grad=True)
     optimiser = torch.optim.SGD([parameters], lr=0.4, momentum=0.8)
-    areas, curve = torch.tensor([0.3, 0.3]), []
+    areas, curve = [0.3, 0.3], []
 
     def reward(masks: Tensor) -> Tensor:
         kept, removed = (model(x * values[:, None])[:, 3] for values in (masks, 1 - masks))
@@ -647,3 +648,22 @@ def test_what_is_preserved_of_scenes_keeps_the_class_and_lies_on_the_object():
         )
     assert kept > 0.8 and max(others) < kept - 0.2
     assert share(masks) > 0.85 and max(map(share, moved)) < share(masks) - 0.1 and float(inside.mean()) < 0.3
+
+
+def test_what_is_preserved_of_a_photograph_is_the_coffee(squeezenet):
+    data, images = pytest.importorskip("skimage.data"), pytest.importorskip("PIL.Image")
+    preprocess = Preprocess()
+    x = preprocess.tensor(preprocess.picture(images.fromarray(data.coffee())))[None]
+    found = ExtremalPerturbation(squeezenet).masks(x, 967, areas=0.1, steps=30)  # espresso
+    mask = found.masks[0, 0, 0]
+    assert abs(float(mask.mean()) - 0.1) < 0.02 and float((mask > 0.5).double().mean()) < 0.12
+    cup = torch.zeros(224, 224)
+    cup[:135, 30:195] = 1  # drawn by hand, 44 % of the picture
+    assert float((mask * cup).sum() / mask.sum()) > 0.9
+    # The controls: the same mask half a picture away, where it shows as much.
+    moved = torch.stack([mask.roll(112, 1), mask.roll(112, 0), mask.roll((112, 112), (0, 1))])
+    given, _ = Levels(x, "blur", 20.0, 8).mixed(torch.zeros(3, dtype=torch.long), moved)
+    with torch.no_grad():
+        others = squeezenet(given)[:, 967]
+    assert float(found.kept) > 5 and float(others.max()) < float(found.kept) / 2
+    torch.testing.assert_close(found.clean, squeezenet(x)[:, 967].detach(), rtol=1e-4, atol=1e-4)

@@ -98,6 +98,36 @@ def test_several_layers_come_as_a_list() -> None:
     close(many[1][0], attr.LayerGradientXActivation(model, "fc").attribute(x, 1))
 
 
+def test_a_subclass_may_make_something_else_of_gradients_and_values() -> None:
+    class Weighted:
+        """Grad-CAM's weights, which need to know which dimension is which."""
+
+        def multiply_gradient_acts(
+            self, gradients: tuple[Tensor, ...], evals: tuple[Tensor, ...]
+        ) -> tuple[Tensor, ...]:
+            return tuple(g.mean((2, 3), keepdim=True) * a for g, a in zip(gradients, evals, strict=True))
+
+    Ours = type("Ours", (Weighted, attr.LayerGradientXActivation), {})
+    Theirs = type("Theirs", (Weighted, captum.attr.LayerGradientXActivation), {})
+    model, x, names = built(Plain), images(), ["features.0", "features.3"]
+    ours = Ours(model, names)
+    theirs = Theirs(model, [model.get_submodule(name) for name in names])
+    targets = [1, torch.tensor([0, 4, 2])]
+    expected = [theirs.attribute(x, target) for target in targets]
+    for target, maps in zip(targets, expected, strict=True):
+        for found, right in zip(ours.attribute(x, target), maps, strict=True):
+            close(found, right)
+    for found, *right in zip(ours.attribute_many(x, targets), *expected, strict=True):
+        close(found, torch.stack(right))
+    assert [len(maps) for maps in ours.attribute_many(x, [])] == [0, 0]
+    # The method by itself, and without the values.
+    g, a = torch.tensor([2.0, -3.0]), torch.tensor([5.0, 0.5])
+    for multiply, right in ((True, [10.0, -1.5]), (False, [2.0, -3.0])):
+        method = attr.LayerGradientXActivation(model, names, None, multiply)
+        (found,) = method.multiply_gradient_acts((g,), (a,))
+        assert found.tolist() == right
+
+
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("of_input", [False, True])
 def test_guided_grad_cam_is_captums(of_input: bool, mode: str) -> None:

@@ -148,7 +148,8 @@ class ExtremalPerturbation(GradientAttribution):
                 scores of about 10, as logits are; of larger ones it must be larger, or areas are not kept to.
             score: "output" takes what the function returns; "softmax" takes the probability, for functions that return
                 logits ``(N, classes, ...)``. Of a probability the log-odds are maximised: they rise with it, and have a
-                gradient also where it is nearly 0 or 1.
+                gradient also where it is nearly 0 or 1. A mask that keeps a class's logit may raise those of other
+                classes more, so that the prediction is lost; "softmax" seeks one that keeps the prediction.
             batch_size: masks that are optimised together; None chooses for the device. The result depends on it by
                 rounding alone.
             memory_limit: bytes of tensors that a step may hold at once, as far as the number of masks can keep to it:
@@ -205,7 +206,11 @@ class ExtremalPerturbation(GradientAttribution):
         momentum: float = 0.9, weight: float = 300.0, growth: float = 10.0, score: Score = "output",
         batch_size: int | None = None, memory_limit: int | None = None, show_progress: bool = False,
     ) -> ExtremalMasks:  # fmt: skip
-        """:meth:`attribute`, with the mask of each area, their scores and the smallest area that is enough."""
+        """:meth:`attribute`, with the mask of each area, their scores and the smallest area that is enough.
+
+        What keeps most of a score can be as large as the object, which areas then have to reach: the default ones end
+        at a fifth of the image.
+        """
         plan = _Plan.checked(
             inputs, areas, steps, variant, perturbation, blur_sigma, levels, step, sigma, temperature, lr, momentum,
             weight, growth, score,
@@ -303,18 +308,22 @@ def _readings(extent: int, count: int, step: int) -> Tensor:
     return (1 - (places[:, None] - torch.arange(count)).abs()).clamp(min=0)
 
 
-def area_loss(masks: Tensor, areas: Tensor) -> Tensor:
+def area_loss(masks: Tensor, areas: Sequence[float]) -> Tensor:
     """(n,): the mean squared distance of each sorted mask (n, H, W) to zeros followed by ones (section 3).
 
-    areas: (n,), of which there are ones, in parts of the image rounded to pixels (at least one). Pixels of equal values
-    (to :data:`TIES`) have equal gradients: the mean of what their ranks ask for, however a sort would order them.
+    areas: n parts of the image, rounded to pixels (at least one), of which there are ones. Pixels of equal values (to
+    :data:`TIES`) have equal gradients: the mean of what their ranks ask for, however a sort would order them.
     """
     values = masks.flatten(1)
     pixels = values.shape[1]
-    ones = (areas.to(values) * pixels).round().clamp(1, pixels)[:, None]
+    counts = [min(max(1, round(area * pixels)), pixels) for area in areas]
+    ones = torch.tensor(counts, device=values.device)[:, None].to(values)
     with torch.no_grad():
         ranked = (values * TIES).round()
-        least = ranked.sort(1).values.gather(1, (pixels - ones).long())  # of the values that ought to be 1
+        least = torch.empty_like(ones)  # of the values that ought to be 1; to sort all of them takes longer
+        for count in set(counts):
+            rows = [row for row, each in enumerate(counts) if each == count]
+            least[rows] = ranked[rows].topk(count, 1, sorted=False).values.amin(1, keepdim=True)
         above, equal = ranked > least, ranked == least
         share = (ones - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)
         wanted = above + equal * share
@@ -352,19 +361,21 @@ class Levels:
         else:
             deviations = [blur_sigma * (1 - level / (levels - 1)) for level in range(levels - 1)]
             stack = [*(blurred(images, deviation) for deviation in deviations), images]
-        self._stack = torch.stack([level.permute(0, 2, 3, 1) for level in stack])  # (L, N, H, W, C)
-        _, _, height, width, _ = self._stack.shape
-        self._rows = torch.arange(height, device=images.device)[:, None]
-        self._columns = torch.arange(width, device=images.device)
+        self._steps = len(stack) - 1
+        levels = torch.stack([level.permute(0, 2, 3, 1) for level in stack])  # (L, N, H, W, C)
+        _, self._count, height, width, _ = levels.shape
+        # As a table of pixels: its rows are read in less time than the stack is indexed in all dimensions.
+        self._table = levels.flatten(0, 3)
+        self._pixel = torch.arange(height * width, device=images.device).view(height, width)
 
     def mixed(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """The images (n, C, H, W) of these numbers (n,) under masks (n, H, W), and their derivative by the masks."""
-        steps = len(self._stack) - 1
+        steps = self._steps
         place = masks * steps
         level = place.floor().clamp(0, steps - 1).long()
-        image = image[:, None, None]
-        low = self._stack[level, image, self._rows, self._columns]
-        slope = self._stack[level + 1, image, self._rows, self._columns] - low
+        row = (level * self._count + image[:, None, None]) * self._pixel.numel() + self._pixel
+        low = F.embedding(row, self._table)
+        slope = F.embedding(row + self._count * self._pixel.numel(), self._table) - low
         mixed = low + (place - level)[..., None] * slope
         return mixed.permute(0, 3, 1, 2), slope.permute(0, 3, 1, 2) * steps
 
@@ -555,12 +566,7 @@ class _Search:
         kinds = [item // areas // count for item in items]
         asked = [self.plan.areas[item % areas] for item in items]
         targets = [_of_one(self.picks[k], n) for k, n in zip(kinds, images, strict=True)]
-        begun = _Items(
-            images,
-            torch.tensor(images, device=device),
-            torch.tensor(asked, dtype=torch.float64, device=device),
-            targets,
-        )
+        begun = _Items(images, torch.tensor(images, device=device), asked, targets)
         parameters = torch.full(
             (len(items), *self._smooth.grid), self._start, dtype=self.plan.wide, device=device
         )
@@ -667,11 +673,11 @@ class _Items:
 
     images: list[int]
     image: Tensor
-    areas: Tensor
+    areas: list[float]
     targets: list[tuple[Any, ...] | None]
 
     def twice(self) -> _Items:
-        return _Items(self.images * 2, self.image.repeat(2), self.areas.repeat(2), self.targets * 2)
+        return _Items(self.images * 2, self.image.repeat(2), self.areas * 2, self.targets * 2)
 
     def target(self) -> Target:
         return None if None in self.targets else self.targets

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from ._gradient import check_at_once, gradients, many_gradients, target_scores
 from ._inputs import Inputs, Target, select_target
@@ -71,7 +71,7 @@ class LayerGradientXActivation(LayerActivation):
             found = gradients(select_target(output, target), every, **options)
             if not create_graph:
                 values = [tuple(v.detach() for v in each) for each in values]
-            return self._results(values, found, inputs)
+            return self._results(self.multiply_gradient_acts, values, found, inputs)
 
         return self._one_or_list(
             self._read(
@@ -103,13 +103,36 @@ class LayerGradientXActivation(LayerActivation):
         def use(output: Any, values: list[Values]) -> list[Inputs]:
             every = tuple(v for each in values for v in each)
             found = many_gradients(output, every, scores, targets_per_pass)
-            return self._results([tuple(v.detach() for v in each) for each in values], found, inputs)
+            values = [tuple(v.detach() for v in each) for each in values]
+            return self._results(self._of_each_target, values, found, inputs)
 
         return self._one_or_list(self._read(inputs, additional_forward_args, attribute_to_layer_input, use))
 
-    def _results(self, values: list[Values], gradients: Values, inputs: Inputs) -> list[Inputs]:
-        left = iter(gradients)
-        return [like_layer(tuple(self._product(v, next(left)) for v in each), inputs) for each in values]
+    def multiply_gradient_acts(self, gradients: Values, evals: Values) -> Values:
+        """What is made of one layer's gradients and its values, tensors of the same shapes: their products.
 
-    def _product(self, value: Tensor, gradient: Tensor) -> Tensor:
-        return gradient * value if self.multiplies_by_inputs else gradient
+        Without ``multiply_by_inputs`` the gradients as they are. Both methods call it for each layer, and
+        :meth:`attribute_many` of a class that overrides it for each target.
+        """
+        if not self.multiplies_by_inputs:
+            return tuple(gradients)
+        return tuple(gradient * value for gradient, value in zip(gradients, evals, strict=True))
+
+    def _of_each_target(self, gradients: Values, evals: Values) -> Values:
+        """The same of gradients (K, ...): at once, as products broadcast, where no subclass changes what is made."""
+        own = type(self).multiply_gradient_acts is LayerGradientXActivation.multiply_gradient_acts
+        count = len(gradients[0])
+        if own or not count:
+            return LayerGradientXActivation.multiply_gradient_acts(self, gradients, evals)
+        each = [self.multiply_gradient_acts(tuple(g[k] for g in gradients), evals) for k in range(count)]
+        return tuple(torch.stack(results) for results in zip(*each, strict=True))
+
+    @staticmethod
+    def _results(
+        multiply: Callable[[Values, Values], Values],
+        values: list[Values],
+        gradients: Values,
+        inputs: Inputs,
+    ) -> list[Inputs]:
+        left = iter(gradients)
+        return [like_layer(multiply(tuple(next(left) for _ in each), each), inputs) for each in values]

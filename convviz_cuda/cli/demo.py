@@ -44,9 +44,11 @@ SIDE = 96
 SHOWN = ("saliency", "guided", "deconvnet", "occlusion")
 OCCLUDER = Occluder(window=16, stride=4)
 # Of a second sheet, for the first scenes: maps of the last layer, paths, noise, masks, probabilities.
-MORE = ("gradcam", "gradcam++", "guidedgradcam", "integrated", "smoothgrad", "rise", "contrastive")
+MORE = (
+    "gradcam", "gradcam++", "guidedgradcam", "integrated", "smoothgrad", "rise", "extremal", "contrastive",
+)  # fmt: skip
 MORE_SCENES = 6
-MORE_OPTIONS = Options(cam_layer="relu5", samples=10, masks=500)
+MORE_OPTIONS = Options(cam_layer="relu5", samples=10, masks=500, iterations=30)
 UNITS = 6  # of each layer
 CHOICE = 8  # scenes of each class among which a unit's strongest activation is looked for
 FIRST_SET = 1 << 40  # sets of scenes from here on are the demo's; training and its tests take small seeds
@@ -210,11 +212,12 @@ def _method_sheet(
         title="The same scenes under more methods",
         note=f"Maps of layers read {o.cam_layer} and are upsampled. Guided Grad-CAM, integrated gradients ({o.steps} "
         f"steps from the mean colour) and contrastive excitation have signs; SmoothGrad is the mean of {o.samples} "
-        f"noisy gradients; RISE takes {o.masks} masks. Below a map: the range of its values.",
+        f"noisy gradients; RISE takes {o.masks} masks; extremal perturbation sums four masks of up to a fifth of the "
+        f"scene, of {o.iterations} steps each. Below a map: the range of its values.",
         columns=["Scene", *(METHODS[name].title for name in MORE)],
         width=2 * SIDE,
         bars=[
-            ColourBar(False, "0", "end of the colours", "Grad-CAM, Grad-CAM++, SmoothGrad, RISE"),
+            ColourBar(False, "0", "end of the colours", "Grad-CAM, Grad-CAM++, SmoothGrad, RISE, extremal"),
             ColourBar(
                 True, "\u2212end", "+end of the colours", "Guided Grad-CAM, integrated gradients, excitation"
             ),

@@ -1,6 +1,9 @@
 // Vectors of floats for the CPU's convolutions, whose sums stay in registers.
 #pragma once
 
+#include <memory>
+#include <new>
+
 #include "kernels/types.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -35,6 +38,16 @@ struct Lanes<1> {
   static CONVVIZ_HD float load(const float* from) { return *from; }
   static CONVVIZ_HD void store(float* to, float value) { *to = value; }
 };
+
+// Scratch that begins where a vector of any width may: an unaligned one is in two lines of the cache.
+struct Free {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+inline Floats floats(int64_t count) {
+  return Floats(static_cast<float*>(
+      ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
+}
 
 // Choices of a kind that leaves NaN as it is.
 template <class V>

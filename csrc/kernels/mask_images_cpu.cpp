@@ -133,7 +133,7 @@ struct Loop {
 // Colour images in float32, which is nearly all that is masked: some rows of all masks, then the next ones.
 // Each row of the image then stays in the nearest cache while the masks pass over it; the way there is the
 // bottleneck.
-constexpr int64_t BAND = 4, GROUP = 16;  // rows; masks at once
+constexpr int64_t BAND = 4, GROUP = 8;  // rows; masks at once, whose lines stay in the nearest cache too
 
 // Vectors of W pixels.
 template <int W>
@@ -212,23 +212,16 @@ struct ColourBands {
     const float* high = line(i, n, row.high, row.low, mask);
     const float weight = static_cast<float>(row.weight);
     const int64_t plane = args.height * args.width, image = args.image_of(n), width = args.width;
-    const int64_t step = last ? W : plane, start = y * width * (last ? 3 : 1);
+    const int64_t start = y * width * (last ? 3 : 1);
     const float* from = args.images + image * 3 * plane + start;
     float* to = args.out + n * 3 * plane + start;
-    int64_t x = 0;
-    for (; x + W <= width; x += W) {
-      const V a = Vector::load(low + x), values = a + (Vector::load(high + x) - a) * weight;
-      if (last) {
-        colours<0>(from + 3 * x, values, to + 3 * x);
-        colours<1>(from + 3 * x, values, to + 3 * x);
-        colours<2>(from + 3 * x, values, to + 3 * x);
-      } else {
-        CONVVIZ_UNROLL
-        for (int c = 0; c < 3; ++c)
-          Vector::store(to + c * step + x, Vector::load(from + c * step + x) * values);
-      }
+    const int64_t whole = width / W * W;
+    if (last) {
+      multiply_pixels(from, low, high, weight, to, whole);
+    } else {
+      multiply_planes(from, low, high, weight, to, whole);
     }
-    for (; x < width; ++x) {
+    for (int64_t x = whole; x < width; ++x) {
       const float value = blend(low[x], high[x], weight);
       for (int64_t c = 0; c < 3; ++c) {
         const int64_t at = last ? 3 * x + c : c * plane + x;
@@ -237,21 +230,55 @@ struct ColourBands {
     }
   }
 
-  // The vector C of three, in which each pixel's number stands for its three colours.
+  static CONVVIZ_HD V between(const float* low, const float* high, float weight) {
+    const V a = Vector::load(low);
+    return a + (Vector::load(high) - a) * weight;
+  }
+
+  // All loads before the stores: planes often are whole pages apart (224 x 224 floats are 49), where a load
+  // waits for a store to the same place of another page.
+  CONVVIZ_HD void multiply_planes(const float* from, const float* low, const float* high, float weight,
+                                  float* to, int64_t length) const {
+    const int64_t plane = args.height * args.width;
+    for (int64_t x = 0; x < length; x += W) {
+      const V values = between(low + x, high + x, weight);
+      const V red = Vector::load(from + x) * values;
+      const V green = Vector::load(from + plane + x) * values;
+      const V blue = Vector::load(from + 2 * plane + x) * values;
+      Vector::store(to + x, red);
+      Vector::store(to + plane + x, green);
+      Vector::store(to + 2 * plane + x, blue);
+    }
+  }
+
+  CONVVIZ_HD void multiply_pixels(const float* from, const float* low, const float* high, float weight,
+                                  float* to, int64_t length) const {
+    for (int64_t x = 0; x < length; x += W, from += 3 * W, to += 3 * W) {
+      const V values = between(low + x, high + x, weight);
+      const V first = Vector::load(from) * spread<0>(values);
+      const V second = Vector::load(from + W) * spread<1>(values);
+      const V third = Vector::load(from + 2 * W) * spread<2>(values);
+      Vector::store(to, first);
+      Vector::store(to + W, second);
+      Vector::store(to + 2 * W, third);
+    }
+  }
+
+  // Of each pixel's three colours the vector C of three: the pixel's number for each of them.
   template <int C>
-  CONVVIZ_HD void colours(const float* from, const V& values, float* to) const {
+  static CONVVIZ_HD V spread(const V& values) {
     Places places;
     CONVVIZ_UNROLL
     for (int l = 0; l < W; ++l) places[l] = (C * W + l) / 3;
-    Vector::store(to + C * W, Vector::load(from + C * W) * __builtin_shuffle(values, places));
+    return __builtin_shuffle(values, places);
   }
 };
 
 template <int W>
 void mask_colour_images(const MaskImagesArgs<float>& args, bool last, int64_t begin, int64_t end) {
-  std::vector<float> lines(static_cast<size_t>(3 * GROUP * args.width));
+  const Floats lines = floats(3 * GROUP * args.width);
   std::vector<Run> runs(static_cast<size_t>(GROUP * args.width));
-  const ColourBands<W> bands{args, last, lines.data(), runs.data()};
+  const ColourBands<W> bands{args, last, lines.get(), runs.data()};
   if (W == 16) {
     run_avx512(bands, begin, end);
   } else {

@@ -1,6 +1,4 @@
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "kernels/isa.h"
 #include "kernels/lanes.h"
@@ -12,15 +10,6 @@ namespace {
 
 constexpr int64_t TOGETHER = 48;            // tiles for which a block of the weight is read from memory once
 constexpr int64_t MOST = int64_t{1} << 19;  // floats of their transformed input, of all channels
-
-struct Free {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-Floats floats(int64_t count) {
-  return Floats(static_cast<float*>(
-      ::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
-}
 
 // Vectors of W floats; R tiles times two vectors of results are added up in registers.
 template <int W, int R>
