@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from ._draws import drawn_from
+from ._kept import KeptBuffers
 
 # What is behind a function: a partial's function, a method's object, the function of an attribution method.
 BEHIND = ("func", "__self__", "forward_func", "model", "attribution_method")
@@ -82,25 +82,12 @@ def _compiled(module: nn.Module) -> bool:
     )
 
 
-class _Kept:
+class _Kept(KeptBuffers):
     """A module's buffers, as they were when the first of its users came."""
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__(module.modules())
         self.module, self.users = module, 0
-        self.buffers = [
-            (part, name, buffer, buffer.detach().clone())
-            for part in module.modules()
-            for name, buffer in part.named_buffers(recurse=False)
-            if not nn.parameter.is_lazy(buffer)
-        ]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for part, name, buffer, value in self.buffers:
-            if getattr(part, name, None) is not buffer and not isinstance(part, torch.jit.ScriptModule):
-                part._buffers[name] = buffer
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 def warn_of_training(module: nn.Module, so: str, stacklevel: int) -> None:

@@ -21,6 +21,10 @@ Range = tuple[float, float]  # what an activation clamps to: (0, inf) is a ReLU
 UNBOUNDED = (-math.inf, math.inf)
 
 
+class CannotCapture(RuntimeError):
+    """Why a model has no flat list of layers, as a sentence."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis of a layer with a window: the output at ``o`` reads ``o * stride - padding + k * dilation``,

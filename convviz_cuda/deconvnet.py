@@ -162,6 +162,12 @@ class DeconvNet:
         self._asked = 0  # projections so far
         self._fields: dict[Any, _Known] = {}
 
+    def of(self, model: nn.Module) -> DeconvNet:
+        """The same of a copy of the model; itself of the model that it has."""
+        if model is self.model:
+            return self
+        return DeconvNet(model, self.layer, self.overlap, self.seed, self.norm)
+
     # -- receptive fields
 
     def receptive_field(self, images: Tensor) -> ReceptiveField:

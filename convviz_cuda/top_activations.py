@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from ._choices import maps_of
 from ._current import current_network, noise_like
-from .activations import evaluating
+from .activations import evaluation_copy
 from .deconvnet import MEMORY, DeconvNet
 from .imaging import colour_limit, denormalised, number, resized, signed_rgb, three_channels
 from .journal import digest, write_atomically
@@ -305,7 +305,8 @@ class _Run:
             raise RuntimeError(
                 "Projections need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
             )
-        with evaluating(self.model):
+        with evaluation_copy(self.model) as (self.model, _):
+            self.nets = [net.of(self.model) for net in self.nets]
             return self._results()
 
     def _results(self) -> list[TopActivations]:

@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Looking(nn.Module):
+    """The input, after a look at something: what a thread sees that has it while a forward is made."""
+
+    def __init__(self, look: Callable[[], object]) -> None:
+        super().__init__()
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.look()
+        return x
+
+
+def watched(model: nn.Module) -> tuple[nn.Sequential, Callable[[], None], list[bool]]:
+    """A model in training mode around this one, "1", a look at its modes, and whether each was that at every look.
+
+    It is looked at in each forward, too.
+    """
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(all(part.training for part in around.modules()))
+
+    around = nn.Sequential(Looking(look), model).train()
+    return around, look, seen
 
 
 class Plain(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from gradient_cases import METHODS, assert_equal_to, net, quiet
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convviz_cuda import attr
 
@@ -188,6 +190,71 @@ def test_a_forward_that_fails_in_our_layout_leaves_nothing(images):
         weight = model.linear.weight[1].detach().view(3, 21, 18)
         assert_equal_to(found, 2 * weight * (images + noise + 2 * run > 0))
         assert model.runs == run and model.assigned == run and torch.equal(factor, torch.ones(4, 1))
+
+
+class Reading(nn.Module):
+    """Draws, then views its input as the caller's layout alone allows."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+        self.linear = nn.Linear(3 * 21 * 18, 5)
+
+    def forward(self, x):
+        return self.linear((x + self.draw()).relu().view(len(x), -1))
+
+
+def test_a_second_run_draws_pythons_numbers_again(images):
+    model = Reading(random.random).eval()
+    random.seed(3)
+    noise, after = random.random(), random.getstate()
+    random.seed(3)
+    found = attr.Saliency(model).attribute(images, 1, False)
+    assert random.getstate() == after
+    weight = model.linear.weight[1].detach().view(3, 21, 18)
+    assert_equal_to(found, weight * (images + noise > 0))
+
+
+def test_a_second_run_draws_a_gpus_numbers_again(images, monkeypatch):
+    """The model holds a parameter on a GPU, which is counted on where there is none: draws so far are its state."""
+    drawn = {torch.device("cuda", 1): 0, torch.device("cuda", 0): 0}
+
+    def draw():
+        for device in drawn:
+            drawn[device] += 1
+        return drawn[torch.device("cuda", 1)]
+
+    model = Reading(draw).eval()
+    with FakeTensorMode():
+        model.scale = nn.Parameter(torch.empty(3, device="cuda:1"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", drawn.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: drawn.update({device: state}))
+    found = attr.Saliency(model).attribute(images, 1, False)
+    assert list(drawn.values()) == [1, 2]  # a GPU on which the model has nothing is left alone
+    weight = model.linear.weight[1].detach().view(3, 21, 18)
+    assert_equal_to(found, weight * (images + 1 > 0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_second_run_draws_the_numbers_of_a_real_gpu_again(images):
+    model = Reading(lambda: torch.rand((), device="cuda").cpu()).eval()
+    model.register_buffer("place", torch.zeros(1, device="cuda"))
+    torch.cuda.manual_seed(3)
+    noise, after = torch.rand((), device="cuda").cpu(), torch.cuda.get_rng_state()
+    torch.cuda.manual_seed(3)
+    found = attr.Saliency(model).attribute(images, 1, False)
+    assert torch.equal(torch.cuda.get_rng_state(), after)
+    weight = model.linear.weight[1].detach().view(3, 21, 18)
+    assert_equal_to(found, weight * (images + noise > 0))
+
+
+def test_buffers_that_have_no_shape_yet(images):
+    model = nn.Sequential(nn.LazyBatchNorm2d(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten()).eval()
+    found = attr.Saliency(model).attribute(images, 5, False)
+    x = images.clone().requires_grad_()
+    assert_equal_to(found, torch.autograd.grad(model(x)[:, 5].sum(), x)[0])
 
 
 def test_additional_arguments_stay_as_they_were(images):

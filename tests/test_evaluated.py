@@ -52,6 +52,43 @@ def test_buffers_and_random_state_are_put_back(raised):
     assert all(part.training for part in model.modules())
 
 
+class Counting(nn.Module):
+    """Changes its buffers in ways that operations on them do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("written", "aside", "assigned", "untouched"):
+            self.register_buffer(name, torch.tensor([1.0, torch.nan]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written += 1
+        self.assigned = self.assigned + 1
+        if not torch.jit.is_scripting():
+            self.aside.data.add_(1)
+        return x
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_every_kind_of_change_of_buffers_is_put_back(scripted):
+    model = Counting()
+    model = torch.jit.script(model) if scripted else model
+    objects = [*model.buffers()]
+    with evaluated(model):
+        model(X)
+        assert float(model.written[0]) == float(model.assigned[0]) == 2
+        assert scripted or float(model.aside[0]) == 2
+    for now, before in zip(model.buffers(), objects, strict=True):
+        assert now is before and float(now[0]) == 1 and bool(now[1].isnan())
+
+
+def test_what_did_not_change_is_not_written():
+    model = built()
+    versions = [b._version for b in model.buffers()]
+    with pytest.warns(UserWarning), evaluated(model):
+        pass
+    assert [b._version for b in model.buffers()] == versions
+
+
 def test_random_scores_repeat():
     model, found = built(), []
     for _ in range(2):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from attribution_cases import watched
 from torch import nn
 
 from convviz_cuda import models, occlusion_sweep, scenes
@@ -271,6 +272,34 @@ def test_experiments_leave_a_training_model_alone():
     )
     model.train()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def dropping() -> nn.Sequential:
+    """Dropout and batch norm in a network whose second layer has feature maps."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4 * 22 * 22, 5)).double()
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("experiment", ["invariance", "correspondence", "occlusion_figure"])
+def test_another_thread_sees_a_model_in_training_mode_throughout(experiment, by_name):
+    """The model's own forward is the other thread, and the results are those of evaluation mode."""
+    model, _, seen = watched(dropping())
+    x = images(2)
+
+    def numbers() -> torch.Tensor:
+        layer = "1.3" if by_name or experiment == "occlusion_figure" else model[1][3]
+        if experiment == "invariance":
+            return feature_invariance(model, x, "translate", [0.0, 3.0], [layer]).distance
+        if experiment == "correspondence":
+            return correspondence(model, x, {"part": [[0, 0, 9, 9]] * 2}, [layer], draws=2).raw
+        return occlusion_figure(model, x, None, layer, window=9, stride=9).projection
+
+    found = numbers()
+    assert seen and all(seen) and all(part.training for part in model.modules())
+    model.eval()
+    torch.testing.assert_close(found, numbers())
 
 
 def test_invariance_bad_arguments():

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from attribution_cases import watched
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from torch import nn
@@ -181,6 +182,20 @@ def test_the_model_runs_in_eval_mode_and_keeps_its_own():
     with pytest.raises(RuntimeError, match="broken"):
         linear_probes(model, ["drop"], train, test, preprocess=breaks)
     assert [m.training for m in model.modules()] == [True, True, False, True, True]
+
+
+def test_another_thread_sees_the_model_in_training_mode_throughout():
+    inner = nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(1), flat=nn.Flatten(), drop=nn.Dropout(0.9)))
+    model, look, seen = watched(inner)
+    train, test = clouds(10, 3, 8, 1, 0.2), clouds(10, 3, 8, 2, 0.2)
+
+    def prepared(x: torch.Tensor) -> torch.Tensor:
+        look()
+        return x
+
+    found = linear_probes(model, ["1.drop"], train, test, preprocess=prepared, folds=1)
+    assert (found.accuracy == 1.0).all()
+    assert len(seen) >= 4 and all(seen) and all(part.training for part in model.modules())
 
 
 # ---------------------------------------------------------------------------------------------------- draws

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from attribution_cases import watched
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -498,3 +499,28 @@ def test_modes_generators_and_scalars():
     assert net.top_activations(x, channels=torch.tensor(2), k=2).indices.tolist() == found.indices.tolist()
     with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
         net.top_activations(x)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_another_thread_sees_the_model_in_training_mode_throughout(captured):
+    """A data set looks at it, and its own forward does: results are those of evaluation mode."""
+    model, look, seen = watched(nn.Sequential(*network()[:5], nn.BatchNorm2d(5), nn.Dropout(0.5)).double())
+    if not captured:
+        model.register_forward_pre_hook(lambda *_: None)
+
+    class Looked(Pictures):
+        def __getitem__(self, index):
+            look()
+            return super().__getitem__(index)
+
+    found, layers = [], ("1.4", "1.6")
+    for _ in range(2):
+        nets = [DeconvNet(model, layer, overlap="overwrite", seed="one") for layer in layers]
+        found.append(top_activations(nets, Looked(images(9)), k=3))
+        if len(found) == 1:
+            assert len(seen) > 9 and all(seen) and all(part.training for part in model.modules())
+        model.eval()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.indices, other.indices) and one.layer == other.layer
+        torch.testing.assert_close(one.projections, other.projections)
+        assert one.settings == other.settings

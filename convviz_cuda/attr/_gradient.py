@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
+from .._kept import KeptBuffers, KeptRandom
 from ..checks import check_int
 from ..network import settings_of, twin_of
 from ..rules import BATCH_NORM_TRAINS, DROPOUT_TRAINS, backward_rule
@@ -148,7 +150,7 @@ class GradientAttribution(Named):
     def _in_best_layout(self, xs: tuple[Tensor, ...], run: Callable[[tuple[Tensor, ...], bool], Any]) -> Any:
         """``run(xs, ours)`` in channels_last (``ours``) where that gains; else, or if that fails, as given."""
         fast = None if self._layout_matters else turned(xs)
-        undo = None if fast is None else undoing(self.forward_func)
+        undo = None if fast is None else undoing(self.forward_func, xs)
         if undo is not None:
             # The model may view or change its input as only the caller's layout allows. If that was not the reason, the
             # error comes again.
@@ -425,25 +427,20 @@ def warn_in_training(function: Any) -> None:
         warnings.warn(f"Dropout {DROPOUT_TRAINS}", UserWarning, stacklevel=4)
 
 
-def undoing(function: Any) -> Callable[[], None] | None:
-    """A call that undoes what a forward from here on does to the random state and to a model's buffers.
+def undoing(function: Any, inputs: tuple[Tensor, ...]) -> Callable[[], None] | None:
+    """A call that undoes what a forward from here on does to a model's buffers and to random states.
 
     None for a model of which a part is in training mode: it may change more than that.
     """
     modules = list(function.modules()) if isinstance(function, nn.Module) else []
     if any(module.training for module in modules):
         return None
-    random = torch.get_rng_state()
-    named = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
-    values = [buffer.clone() for *_, buffer in named]
+    held = (x for part in modules for each in (part._parameters, part._buffers) for x in each.values())
+    random, buffers = KeptRandom(itertools.chain(inputs, held)), KeptBuffers(modules)
 
     def undo() -> None:
-        torch.set_rng_state(random)
-        with torch.no_grad():
-            for (held, name, buffer), value in zip(named, values, strict=True):
-                held[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        random.restore()
+        buffers.restore()
 
     return undo
 

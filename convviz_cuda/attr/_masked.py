@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._chunks import Chunks
 from .._draws import drawn_from
 from .._peak_bytes import PeakBytes
 from ..checks import DTYPES
@@ -175,26 +176,20 @@ class MaskedForward:
         unit: what a variant counts in the progress.
         """
         differences = self.clean.new_zeros((total, self.clean.shape[1]))
-        variants = prepare(min(copies, total))
-        start = 0
-        while start < total:
-            stop = min(start + copies, total)
-            try:
+        chunks = Chunks(total, copies, explicit)
+        variants = prepare(chunks.at_once)
+        for start, stop in chunks:
+            with chunks:
                 differences[start:stop] = self.clean - self.scores(
                     variants(start, stop), stop - start, explicit
                 )
-            except torch.OutOfMemoryError:
-                if explicit or copies == 1:
-                    raise
-                copies //= 2
+            if chunks.failed:
                 variants = None
-            if variants is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                variants = prepare(copies)
+                variants = prepare(chunks.at_once)
                 continue
             if progress.show and differences.is_cuda:
                 torch.cuda.synchronize(differences.device)  # or progress would count what is only queued
             progress.advance((stop - start) * unit)
-            start = stop
         return differences
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._chunks import Chunks
 from .._draws import drawn_from
 from ..checks import DTYPES
 from ..mask_ops import checked_masks, mask_images_inplace_op
@@ -81,30 +82,23 @@ class MaskedImages:
         images = self.images.contiguous(memory_format=self.layout)
         room = self._room(at_once, self.layout)
         found: Tensor | None = None
-        start = 0
+        chunks = Chunks(self.count, at_once, batch_size is not None)
         with Progress(self.count, "masked images", show_progress, title) as progress:
-            while start < self.count:
-                stop = min(start + at_once, self.count)
-                try:
+            for start, stop in chunks:
+                with chunks:
                     scores = self._scores(start, stop, images, room)
                     if found is None:
                         found = torch.empty(
                             (self.count, scores.shape[1]), dtype=scores.dtype, device=scores.device
                         )
                     found[start:stop] = scores
-                except torch.OutOfMemoryError:
-                    if batch_size is not None or at_once == 1:
-                        raise
-                    at_once //= 2
-                    room = None
-                if room is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                    scores = None
-                    room = self._room(at_once, self.layout)
+                if chunks.failed:
+                    scores = room = None
+                    room = self._room(chunks.at_once, self.layout)
                     continue
                 if progress.show and found.is_cuda:
                     torch.cuda.synchronize(found.device)  # or progress would count what is only queued
                 progress.advance(stop - start)
-                start = stop
         return found
 
     def _choose(self, batch_size: int | None, memory_limit: int | None) -> int:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._chunks import Chunks
 from ..checks import check_int, check_real
 from ..progress import Progress
 from ..results import Result, picture
@@ -548,22 +549,14 @@ class _Search:
             with PeakBytes(True) as peak:
                 self._step(*self._begin(range(1)))
             at_once = max(1, min(at_once, memory_limit // max(1, peak.bytes)))
-        start = 0
+        chunks = Chunks(total, at_once, batch_size is not None)
         with Progress(total * plan.steps, "steps", show_progress, "extremal perturbation") as progress:
-            while start < total:
-                items = range(start, min(start + at_once, total))
+            for start, stop in chunks:
                 done = progress.done
-                try:
-                    self._fill(found, items, progress)
-                except torch.OutOfMemoryError:
-                    if batch_size is not None or len(items) == 1:
-                        raise
+                with chunks:
+                    self._fill(found, range(start, stop), progress)
+                if chunks.failed:
                     progress.done = done
-                    items = None
-                if items is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                    at_once = (at_once + 1) // 2
-                    continue
-                start = items.stop
 
     def _begin(self, items: range) -> tuple[_Items, Tensor]:
         """The masks of these numbers and their first parameters."""

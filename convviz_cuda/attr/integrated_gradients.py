@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._chunks import Chunks
 from ..progress import Progress
 from ._gradient import (
     EXAMPLES,
@@ -274,26 +275,20 @@ class IntegratedGradients(GradientAttribution):
             )
         examples = internal_batch_size if explicit else EXAMPLES.get(device.type, EXAMPLES["cuda"])
         at_most = max(1, examples // max(1, size))
-        at_once = at_most if explicit else 1  # the first pass says what a point takes
+        # The first pass says what a point takes.
+        chunks = Chunks(len(points), at_most if explicit else 1, explicit)
         totals: tuple[Tensor, ...] = ()
-        start = 0
         with Progress(len(points), "points", show_progress, "integrated gradients") as progress:
-            while start < len(points):
-                alphas, weights = zip(*points[start : start + at_once], strict=True)
-                measured = start == 0 and at_once < at_most
-                try:
-                    with PeakBytes(measured) as peak:
-                        found = self._differentiated(
-                            path.points(alphas),
-                            repeated_args(path.args, len(alphas), size),
-                            lambda output, xs, weights=weights: sums(output, xs, weights),
-                        )
-                except torch.OutOfMemoryError:
-                    if explicit or at_once == 1:
-                        raise
-                    found = None
-                if found is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                    at_most = at_once = at_once // 2
+            for start, stop in chunks:
+                alphas, weights = zip(*points[start:stop], strict=True)
+                measured = start == 0 and at_most > 1 and not explicit
+                with chunks, PeakBytes(measured) as peak:
+                    found = self._differentiated(
+                        path.points(alphas),
+                        repeated_args(path.args, len(alphas), size),
+                        lambda output, xs, weights=weights: sums(output, xs, weights),
+                    )
+                if chunks.failed:
                     continue
                 for total, one in zip(totals, found, strict=False):
                     total.add_(one)
@@ -301,10 +296,9 @@ class IntegratedGradients(GradientAttribution):
                 if progress.show and device.type == "cuda":
                     torch.cuda.synchronize(device)  # or progress would count what is only queued
                 progress.advance(len(alphas))
-                start += len(alphas)
                 if measured:
                     limit = memory_limit or MEMORY_LIMIT.get(device.type, MEMORY_LIMIT["cuda"])
-                    at_once = max(1, min(at_most, limit // max(1, peak.bytes)))
+                    chunks.at_once = max(1, min(at_most, limit // max(1, peak.bytes)))
         if self.multiplies_by_inputs:
             totals = tuple(total * step for total, step in zip(totals, path.steps, strict=True))
         return tuple(restore(t.to(x.dtype), x) for t, x in zip(totals, path.ends, strict=True))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._chunks import Chunks
 from ..checks import check_int
 from ..progress import Progress
 from ._gradient import EXAMPLES, check_at_once
@@ -163,22 +164,16 @@ class NoiseTunnel(Named):
         moments: list[_Moments] = []
         deltas: list[Tensor] = []
         is_tuple = False
-        start = 0
+        chunks = Chunks(count, at_once, explicit)
         with torch.no_grad(), Progress(count, "samples", show_progress, "noise tunnel") as progress:
-            while start < count:
-                stop = min(start + at_once, count)
-                try:
+            for start, stop in chunks:
+                with chunks:
                     noisy = noise.added(start, stop)
                     given = _repeated(kwargs, tensors, stop - start)
                     if draw and given.get("baselines") is not None:
                         given["baselines"] = noise.drawn(kwargs["baselines"], start, stop)
                     found = call(noisy if isinstance(inputs, tuple) else noisy[0], stop - start, given)
-                except torch.OutOfMemoryError:
-                    if explicit or at_once == 1:
-                        raise
-                    found = None
-                if found is None:  # outside the except clause, which keeps the failed attempt's tensors alive
-                    at_once //= 2
+                if chunks.failed:
                     continue
                 if with_delta:
                     found, delta = found
@@ -199,7 +194,6 @@ class NoiseTunnel(Named):
                 if progress.show and tensors[0].is_cuda:
                     torch.cuda.synchronize(tensors[0].device)  # or progress would count what is only queued
                 progress.advance(stop - start)
-                start = stop
         results = tuple(moment.result() for moment in moments)
         attributions = results if is_tuple else results[0]
         if not with_delta:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import window_ops as ops
-from ..activations import LayerReader, evaluating
+from ..activations import LayerReader, evaluation_copy
 from ..checks import check_images
 from ..fills import Fill, fill_values
 from ..progress import Progress
@@ -153,7 +153,11 @@ def correspondence(
     )
     flat = hidden.reshape(-1, 4).to(images.device)
     signs: list[list[Tensor]] = [[] for _ in reader.names]
-    with evaluating(model), Progress(len(flat), "masked images", progress, "correspondence") as bar:
+    with (
+        evaluation_copy(model, reader.modules) as copied,
+        Progress(len(flat), "masked images", progress, "correspondence") as bar,
+    ):
+        reader = LayerReader(*copied)
         clean = _clean(reader, images, batch_size)
         for start in range(0, len(flat), batch_size):
             part = flat[start : start + batch_size]

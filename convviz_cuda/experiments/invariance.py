@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activations import LayerReader, evaluating
+from ..activations import LayerReader, evaluation_copy
 from ..checks import check_images
 from ..progress import Progress
 from ..results import Result, new_figure
@@ -167,7 +167,11 @@ def feature_invariance(
     probability = torch.zeros(len(numbers_), len(images))
     found: list[int] = []
     count = len(images) * len(numbers_)
-    with evaluating(model), Progress(count, "images", progress, transform) as bar:
+    with (
+        evaluation_copy(model, reader.modules) as copied,
+        Progress(count, "images", progress, transform) as bar,
+    ):
+        reader = LayerReader(*copied)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             scores, originals = reader(images[part])

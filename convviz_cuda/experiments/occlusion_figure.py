@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..activations import LayerReader, evaluating
+from ..activations import LayerReader, evaluation_copy
 from ..deconvnet import DeconvNet
 from ..fills import Fill
 from ..imaging import colour_limit, colours, denormalised, number, signed_rgb, three_channels
@@ -191,7 +191,8 @@ def occlusion_figure(
         stride = tuple(
             max(1, side // 4) for side in ((window, window) if isinstance(window, int) else window)
         )
-    with evaluating(model):
+    with evaluation_copy(model) as (model, _):
+        net = net.of(model)
         with torch.no_grad():
             scores, (maps,) = LayerReader(model, [net.layer])(images)
         if maps.dim() != 4:

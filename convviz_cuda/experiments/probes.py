@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..activations import LayerReader, evaluating, layer_features
+from ..activations import LayerReader, evaluation_copy, layer_features
 from ..checks import integer
 from ..progress import Progress
 from ..results import Result, _plain, new_figure
@@ -474,7 +474,7 @@ def _features(
     """Each layer's features (N, D), on the CPU."""
     device = next((p.device for p in model.parameters()), images.device)
     kept: list[list[Tensor]] = [[] for _ in layers]
-    with evaluating(model):
+    with evaluation_copy(model) as (model, _):
         for part in images.split(batch_size):
             inputs = part if preprocess is None else preprocess(part)
             if not isinstance(inputs, Tensor) or not inputs.is_floating_point():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._chunks import Chunks
 from .._evaluated import evaluated
 from ..attr._inputs import Target, extra_args
 from ..attr._masked import EXAMPLES, INPUT_BYTES
@@ -168,20 +169,15 @@ def confidence(
         EXAMPLES.get(device, EXAMPLES["cuda"]),
         max(1, INPUT_BYTES.get(device, INPUT_BYTES["cuda"]) // max(1, images[:1].nbytes)),
     )
-    start = 0
+    chunks = Chunks(count, at_once, batch_size is not None)
     with evaluated(model) as run, Progress(found.numel(), "images", show_progress, "confidence") as progress:
-        while start < count:
-            stop = min(start + at_once, count)
-            try:
+        for start, stop in chunks:
+            with chunks:
                 found[:, start:stop], best = scores(run, start, stop)
-            except torch.OutOfMemoryError:
-                if batch_size is not None or at_once == 1:
-                    raise
-                at_once //= 2
+            if chunks.failed:
                 continue
             classes = None if best is None or classes is None else classes + best
             progress.advance((stop - start) * len(found))
-            start = stop
     settings |= target_record(target, classes if target is None else target, count)
     return Confidence("confidence", found[0], dict(zip(masks, found[1:], strict=True)), settings)
 
