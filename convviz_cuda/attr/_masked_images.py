@@ -191,8 +191,9 @@ def sampled(
             block = checked_masks(images, *tables, scale, shift), numbers
         (grids, image, offsets, *sampling), numbers = block
         part = slice(start - first, stop - first)
-        change(mask_images_inplace_op, out, images, grids[part], image[part], offsets[part], *sampling)
-        return image[part], numbers[part]
+        of = image[part]
+        change(mask_images_inplace_op, out, images, grids[part], of, offsets[part], *sampling)
+        return of, numbers[part]
 
     return mask
 

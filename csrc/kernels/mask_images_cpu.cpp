@@ -148,6 +148,12 @@ struct ColourBands {
                  // the grid
   Run* runs;     // [GROUP, width]
 
+  // Rows of the result between the same two rows of the grid: how far each is from the first.
+  struct Rows {
+    float weight[BAND];
+    int64_t count;
+  };
+
   struct Mask {
     int64_t runs, held[2];  // how many runs; which rows of the grid the lines are
   };
@@ -170,7 +176,7 @@ struct ColourBands {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = (first + i) * height;
         const int64_t low = max_of(top, begin - row), high = min_of(min_of(top + BAND, height), end - row);
-        for (int64_t y = low; y < high; ++y) mask_row(i, first + i, y, masks[i]);
+        for (int64_t y = low; y < high;) y += mask_rows(i, first + i, y, high, masks[i]);
       }
     }
   }
@@ -206,62 +212,90 @@ struct ColourBands {
     return to;
   }
 
-  CONVVIZ_HD void mask_row(int64_t i, int64_t n, int64_t y, Mask& mask) const {
+  // As many rows from y on as lie between the same two rows of the grid; how many they are.
+  CONVVIZ_HD int64_t mask_rows(int64_t i, int64_t n, int64_t y, int64_t end, Mask& mask) const {
     const Sample row = args.row(n, y);
+    Rows rows{{static_cast<float>(row.weight)}, 1};
+    while (rows.count < BAND && y + rows.count < end) {
+      const Sample next = args.row(n, y + rows.count);
+      if (next.low != row.low || next.high != row.high) break;
+      rows.weight[rows.count++] = static_cast<float>(next.weight);
+    }
     const float* low = line(i, n, row.low, row.high, mask);
     const float* high = line(i, n, row.high, row.low, mask);
-    const float weight = static_cast<float>(row.weight);
-    const int64_t plane = args.height * args.width, image = args.image_of(n), width = args.width;
-    const int64_t start = y * width * (last ? 3 : 1);
-    const float* from = args.images + image * 3 * plane + start;
+    const int64_t plane = args.height * args.width, start = y * args.width * (last ? 3 : 1);
+    const float* from = args.images + args.image_of(n) * 3 * plane + start;
     float* to = args.out + n * 3 * plane + start;
-    const int64_t whole = width / W * W;
     if (last) {
-      multiply_pixels(from, low, high, weight, to, whole);
+      multiply<true>(from, low, high, rows, to);
     } else {
-      multiply_planes(from, low, high, weight, to, whole);
+      multiply<false>(from, low, high, rows, to);
     }
-    for (int64_t x = whole; x < width; ++x) {
-      const float value = blend(low[x], high[x], weight);
-      for (int64_t c = 0; c < 3; ++c) {
-        const int64_t at = last ? 3 * x + c : c * plane + x;
-        to[at] = from[at] * value;
+    return rows.count;
+  }
+
+  template <bool LAST>
+  CONVVIZ_HD void multiply(const float* from, const float* low, const float* high, const Rows& rows,
+                           float* to) const {
+    static_assert(BAND == 4);
+    switch (rows.count) {
+      case 1:
+        return multiply_rows<LAST, 1>(from, low, high, rows, to);
+      case 2:
+        return multiply_rows<LAST, 2>(from, low, high, rows, to);
+      case 3:
+        return multiply_rows<LAST, 3>(from, low, high, rows, to);
+      default:
+        return multiply_rows<LAST, 4>(from, low, high, rows, to);
+    }
+  }
+
+  template <bool LAST, int ROWS>
+  CONVVIZ_HD void multiply_rows(const float* from, const float* low, const float* high, const Rows& rows,
+                                float* to) const {
+    const int64_t width = args.width, plane = args.height * width, whole = width / W * W;
+    const int64_t step = width * (LAST ? 3 : 1);
+    for (int64_t x = 0; x < whole; x += W) {
+      const V begin = Vector::load(low + x), way = Vector::load(high + x) - begin;
+      CONVVIZ_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const V values = begin + way * rows.weight[r];
+        if (LAST) {
+          pixels(from + r * step + 3 * x, values, to + r * step + 3 * x);
+        } else {
+          planes(from + r * step + x, values, to + r * step + x, plane);
+        }
+      }
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      for (int64_t x = whole; x < width; ++x) {
+        const float value = blend(low[x], high[x], rows.weight[r]);
+        for (int64_t c = 0; c < 3; ++c) {
+          const int64_t at = r * step + (LAST ? 3 * x + c : c * plane + x);
+          to[at] = from[at] * value;
+        }
       }
     }
   }
 
-  static CONVVIZ_HD V between(const float* low, const float* high, float weight) {
-    const V a = Vector::load(low);
-    return a + (Vector::load(high) - a) * weight;
-  }
-
   // All loads before the stores: planes often are whole pages apart (224 x 224 floats are 49), where a load
   // waits for a store to the same place of another page.
-  CONVVIZ_HD void multiply_planes(const float* from, const float* low, const float* high, float weight,
-                                  float* to, int64_t length) const {
-    const int64_t plane = args.height * args.width;
-    for (int64_t x = 0; x < length; x += W) {
-      const V values = between(low + x, high + x, weight);
-      const V red = Vector::load(from + x) * values;
-      const V green = Vector::load(from + plane + x) * values;
-      const V blue = Vector::load(from + 2 * plane + x) * values;
-      Vector::store(to + x, red);
-      Vector::store(to + plane + x, green);
-      Vector::store(to + 2 * plane + x, blue);
-    }
+  static CONVVIZ_HD void planes(const float* from, const V& values, float* to, int64_t plane) {
+    const V red = Vector::load(from) * values;
+    const V green = Vector::load(from + plane) * values;
+    const V blue = Vector::load(from + 2 * plane) * values;
+    Vector::store(to, red);
+    Vector::store(to + plane, green);
+    Vector::store(to + 2 * plane, blue);
   }
 
-  CONVVIZ_HD void multiply_pixels(const float* from, const float* low, const float* high, float weight,
-                                  float* to, int64_t length) const {
-    for (int64_t x = 0; x < length; x += W, from += 3 * W, to += 3 * W) {
-      const V values = between(low + x, high + x, weight);
-      const V first = Vector::load(from) * spread<0>(values);
-      const V second = Vector::load(from + W) * spread<1>(values);
-      const V third = Vector::load(from + 2 * W) * spread<2>(values);
-      Vector::store(to, first);
-      Vector::store(to + W, second);
-      Vector::store(to + 2 * W, third);
-    }
+  static CONVVIZ_HD void pixels(const float* from, const V& values, float* to) {
+    const V first = Vector::load(from) * spread<0>(values);
+    const V second = Vector::load(from + W) * spread<1>(values);
+    const V third = Vector::load(from + 2 * W) * spread<2>(values);
+    Vector::store(to, first);
+    Vector::store(to + W, second);
+    Vector::store(to + 2 * W, third);
   }
 
   // Of each pixel's three colours the vector C of three: the pixel's number for each of them.
