@@ -2,7 +2,8 @@
 
 The loop is the definition as it is usually written: each chunk of grids upsampled whole, each mask cropped at its
 offset, multiplied with the image, and the scores' weighted sum of the masks added up chunk by chunk: by a product and
-a sum, or else by one matrix product, which is faster.
+a sum, or else by one matrix product. Both are given their masks, and take the chunk that is fastest here. A third side
+takes TorchRay's steps: it draws its masks, 32 at a time, and upsamples them within a reflected border.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from convviz_cuda.attr.rise import RandomMasks, random_masks
 MASKS, GRID, P = 4000, 7, 0.5
 SOME = 400  # with a network, whose time grows with the masks
 CHUNKS = (8, 32, 100)  # masks of one forward, of which each loop takes the fastest
-LOOP, PRODUCT = "torch", "torch, sum as a matrix product"
+LOOP, PRODUCT, TORCHRAY = "torch", "torch, sum as a matrix product", "torch, TorchRay's steps"
+TORCHRAY_CHUNK = 32  # the default of its argument batch_size
 Function = Callable[[Tensor], Tensor]
 
 
@@ -46,6 +48,30 @@ def plain_rise(image: Tensor, masks: RandomMasks, function: Function, product: b
                 total += (scores.T @ cropped.flatten(1)).view_as(total)
             else:
                 total += (scores[:, :, None, None] * cropped).sum(0, keepdim=True)
+    return total / (count * P)
+
+
+def torchray_rise(image: Tensor, count: int, function: Function) -> Tensor:
+    """(1, 1, H, W): another mean of masks, by the steps of TorchRay's attribution/rise.py (Fong et al. 2019).
+
+    Its masks are one cell larger than they need be on each side, for the border, and places are read from tensors.
+    """
+    height, width = image.shape[2:]
+    cell = [-(-size // GRID) for size in (height, width)]
+    whole, crop = [(GRID + 2) * c for c in cell], [height + cell[0], width + cell[1]]
+    total = torch.zeros(1, 1, height, width)
+    with torch.no_grad():
+        for start in range(0, count, TORCHRAY_CHUNK):
+            some = min(TORCHRAY_CHUNK, count - start)
+            grids = F.pad((torch.rand(some, 1, GRID, GRID) < P).float(), (1, 1, 1, 1), mode="reflect")
+            upsampled = F.interpolate(grids, whole, mode="bilinear", align_corners=False)
+            upsampled = upsampled[:, :, cell[0] : cell[0] + crop[0], cell[1] : cell[1] + crop[1]]
+            rows, columns = (torch.randint(0, c, (some,)) for c in cell)
+            masks = torch.empty(some, 1, height, width)
+            for i in range(some):
+                masks[i] = upsampled[i, :, rows[i] : rows[i] + height, columns[i] : columns[i] + width]
+            scores = function(image * masks)
+            total += (scores.T @ masks.view(some, -1)).view_as(total)
     return total / (count * P)
 
 
@@ -92,12 +118,15 @@ def test_masks(quick: bool, compare: Callable[..., Any], pytestconfig: pytest.Co
 
     error = relative_error(ours(), found[LOOP]())
     assert error < 1e-5, f"The sum of masks differs from the loop's by {error} of its largest value."
+    shown = float(torchray_rise(image, count, lambda x: x.new_ones(len(x), 1)).mean())
+    assert abs(shown - 1) < 0.1, f"TorchRay's masks show {shown} times the part that they should."
+    found[TORCHRAY] = functools.partial(torchray_rise, image, count, pixel)
     compare(
         f"rise masks: {count} masked images and the masks' weighted sum, without a model, seconds, float32",
         f"{'x'.join(map(str, image.shape[2:]))}x3, grid {GRID}",
         {OURS: ours, **found},
         rounds=5,
-        goals={LOOP: 10.0},
+        goals={TORCHRAY: 10.0},
         errors={"to torch": error},
         notes=lambda seconds: {"torch's chunks": chunks_of(found), "us a mask": 1e6 * seconds / count},
     )
