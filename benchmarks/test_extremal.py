@@ -22,9 +22,8 @@ from convviz_cuda.attr import ExtremalPerturbation
 from convviz_cuda.attr.extremal_perturbation import TIES
 
 AREAS, STEPS, TARGET = (0.05, 0.1, 0.2, 0.4), 10, 5
-COMPARED = (
-    5  # steps after which the masks are compared, in float64: any difference in rounding may turn a rank
-)
+# Steps after which the masks are compared, in float64: any difference in rounding may turn a rank.
+COMPARED = 5
 SIGMA, STEP, BLUR, LEVELS, TEMPERATURE = 21.0, 7, 20.0, 8, 0.05  # the defaults for 224 x 224 pixels
 LR, MOMENTUM, WEIGHT, GROWTH = 0.02, 0.9, 300.0, 10.0
 LOOP = "torch, area by area"

@@ -54,18 +54,21 @@ def plain_rise(image: Tensor, masks: RandomMasks, function: Function, product: b
 def torchray_rise(image: Tensor, count: int, function: Function) -> Tensor:
     """(1, 1, H, W): another mean of masks, by the steps of TorchRay's attribution/rise.py (Fong et al. 2019).
 
-    Its masks are one cell larger than they need be on each side, for the border, and places are read from tensors.
+    Its grids get a reflected border; a cell is as large as a picture of one cell more than the image needs it, and
+    what is upsampled is cropped twice, by places that are read from tensors. Its sigmoid is left to the function.
     """
     height, width = image.shape[2:]
-    cell = [-(-size // GRID) for size in (height, width)]
-    whole, crop = [(GRID + 2) * c for c in cell], [height + cell[0], width + cell[1]]
+    cell = [-(-size // GRID) for size in (height, width)]  # offsets are below it
+    crop = [height + cell[0], width + cell[1]]
+    large = [-(-size // GRID) for size in crop]
+    whole = [(GRID + 2) * c for c in large]
     total = torch.zeros(1, 1, height, width)
     with torch.no_grad():
         for start in range(0, count, TORCHRAY_CHUNK):
             some = min(TORCHRAY_CHUNK, count - start)
             grids = F.pad((torch.rand(some, 1, GRID, GRID) < P).float(), (1, 1, 1, 1), mode="reflect")
             upsampled = F.interpolate(grids, whole, mode="bilinear", align_corners=False)
-            upsampled = upsampled[:, :, cell[0] : cell[0] + crop[0], cell[1] : cell[1] + crop[1]]
+            upsampled = upsampled[:, :, large[0] : large[0] + crop[0], large[1] : large[1] + crop[1]]
             rows, columns = (torch.randint(0, c, (some,)) for c in cell)
             masks = torch.empty(some, 1, height, width)
             for i in range(some):

@@ -21,14 +21,14 @@ class Chunks:
     """
 
     def __init__(self, count: int, at_once: int, fixed: bool) -> None:
-        self.count, self.fixed, self.failed = count, fixed, False
+        self.count, self.fixed, self.failed, self._tried = count, fixed, False, 0
         self.at_once = max(1, min(at_once, count))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         start = 0
         while start < self.count:
             stop = min(start + self.at_once, self.count)
-            self.failed = False
+            self.failed, self._tried = False, stop - start
             yield start, stop
             if not self.failed:
                 start = stop
@@ -38,7 +38,7 @@ class Chunks:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         out_of_memory = kind is not None and issubclass(kind, torch.OutOfMemoryError)
-        half = min(self.at_once, self.count) // 2
+        half = self._tried // 2  # the last chunk may be smaller than the others
         self.failed = out_of_memory and not self.fixed and half > 0
         if self.failed:
             self.at_once = half

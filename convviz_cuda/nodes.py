@@ -69,14 +69,17 @@ def _dense_as(signal: Tensor, layout: torch.memory_format) -> Tensor:
     return signal.contiguous(memory_format=layout) if signal.dim() == 4 else signal.contiguous()
 
 
-# What glibc gives back to the system as soon as it is freed, and larger than what else is worth a walk over the heap.
-LARGE = 3 << 24
+# Bytes of a CPU map for which freed memory is given back. To touch what was given back again costs about as much a byte
+# as to touch the map: below, passes of 16 images of SqueezeNet took 8 % longer.
+LARGE = 96 << 20
 
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], Any] | None:
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another system or another C library
-        return ctypes.CDLL(None).malloc_trim
+        trim = ctypes.CDLL(None).malloc_trim
+        trim.argtypes = [ctypes.c_size_t]
+        return trim
     return None
 
 

@@ -39,6 +39,26 @@ def test_half_as_many_come_from_the_same_item_on():
     assert tried(0, 4, 1) == []
 
 
+def test_a_last_chunk_is_halved_by_what_is_in_it():
+    attempts = []
+
+    def run(count: int, at_once: int, broken: int) -> None:
+        chunks = Chunks(count, at_once, False)
+        for start, stop in chunks:
+            with chunks:
+                attempts.append((start, stop))
+                if start <= broken < stop:
+                    raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(65, 64, 64)
+    assert attempts == [(0, 64), (64, 65)]
+    attempts.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        run(100, 90, 99)
+    assert attempts == [(0, 90), (90, 100), (90, 95), (95, 100), (95, 97), (97, 99), (99, 100)]
+
+
 @pytest.mark.parametrize(
     ("count", "at_once", "room", "fixed"), [(4, 2, 1, True), (3, 2, 0, False), (1, 9, 0, False)]
 )

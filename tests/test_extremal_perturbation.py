@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convviz_cuda import models, scenes
 from convviz_cuda.attr import ExtremalMasks, ExtremalPerturbation
-from convviz_cuda.attr.extremal_perturbation import Levels, SmoothMasks, area_loss, blurred
+from convviz_cuda.attr.extremal_perturbation import AreaLoss, Levels, SmoothMasks, blurred
 from convviz_cuda.preprocess import Preprocess
 
 F64, F32 = torch.float64, torch.float32
@@ -70,6 +70,10 @@ def test_a_mask_has_the_symmetries_of_its_parameters():
 
 
 # ------------------------------------------------------------------------------------------ the area
+
+
+def area_loss(masks, areas):
+    return AreaLoss(areas, masks[0].numel(), masks.device)(masks)
 
 
 def test_the_area_loss_of_a_hand_made_mask():

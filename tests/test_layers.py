@@ -120,6 +120,14 @@ def test_a_subclass_may_make_something_else_of_gradients_and_values() -> None:
     for found, *right in zip(ours.attribute_many(x, targets), *expected, strict=True):
         close(found, torch.stack(right))
     assert [len(maps) for maps in ours.attribute_many(x, [])] == [0, 0]
+    # Set on the object it is for both methods, too.
+    method = attr.LayerGradientXActivation(model, "features.3")
+    method.multiply_gradient_acts = lambda gradients, evals: tuple(
+        g - a for g, a in zip(gradients, evals, strict=True)
+    )
+    one = method.attribute(x, 1)
+    assert not torch.equal(one, attr.LayerGradientXActivation(model, "features.3").attribute(x, 1))
+    assert torch.equal(method.attribute_many(x, [1])[0], one)
     # The method by itself, and without the values.
     g, a = torch.tensor([2.0, -3.0]), torch.tensor([5.0, 0.5])
     for multiply, right in ((True, [10.0, -1.5]), (False, [2.0, -3.0])):

@@ -34,9 +34,8 @@ VARIANTS = ("preservation", "deletion", "dual")
 SCORES = ("output", "softmax")
 # The defaults in pixels are for images of this short side, and others in proportion.
 SIDE, STEP, SIGMA, BLUR_SIGMA = 224, 7, 21.0, 20.0
-TIES = (
-    2.0**16
-)  # mask values that are the same in steps of 1 / TIES count as equal: rounding must not rank pixels
+# Mask values that are the same in steps of 1 / TIES count as equal: rounding must not rank pixels.
+TIES = 2.0**16
 
 
 @dataclass
@@ -308,27 +307,40 @@ def _readings(extent: int, count: int, step: int) -> Tensor:
     return (1 - (places[:, None] - torch.arange(count)).abs()).clamp(min=0)
 
 
-def area_loss(masks: Tensor, areas: Sequence[float]) -> Tensor:
+class AreaLoss:
     """(n,): the mean squared distance of each sorted mask (n, H, W) to zeros followed by ones (section 3).
 
-    areas: n parts of the image, rounded to pixels (at least one), of which there are ones. Pixels of equal values (to
-    :data:`TIES`) have equal gradients: the mean of what their ranks ask for, however a sort would order them.
+    Pixels of equal values (to :data:`TIES`) have equal gradients: the mean of what their ranks ask for, however a sort
+    would order them.
+
+    Args:
+        areas: n parts of the image, rounded to pixels (at least one), of which there are ones.
+        pixels: of a mask.
     """
-    values = masks.flatten(1)
-    pixels = values.shape[1]
-    counts = [min(max(1, round(area * pixels)), pixels) for area in areas]
-    ones = torch.tensor(counts, device=values.device)[:, None].to(values)
-    with torch.no_grad():
-        ranked = (values * TIES).round()
-        least = torch.empty_like(ones)  # of the values that ought to be 1; to sort all of them takes longer
-        for count in set(counts):
-            rows = [row for row, each in enumerate(counts) if each == count]
-            least[rows] = ranked[rows].topk(count, 1, sorted=False).values.amin(1, keepdim=True)
-        above, equal = ranked > least, ranked == least
-        share = (ones - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)
-        wanted = above + equal * share
-    # As a one is its own square, this is the mean of (value - wanted)^2 over any order of equal values.
-    return (values * (values - 2 * wanted)).mean(1) + ones[:, 0] / pixels
+
+    def __init__(self, areas: Sequence[float], pixels: int, device: torch.device) -> None:
+        counts = [min(max(1, round(area * pixels)), pixels) for area in areas]
+        self._ones = torch.tensor(counts, device=device)[:, None]
+        self._rows = {
+            count: torch.tensor([row for row, each in enumerate(counts) if each == count], device=device)
+            for count in counts
+        }
+
+    def __call__(self, masks: Tensor) -> Tensor:
+        values = masks.flatten(1)
+        ones = self._ones.to(values)
+        with torch.no_grad():
+            ranked = (values * TIES).round()
+            least = torch.empty_like(
+                ones
+            )  # of the values that ought to be 1; to sort all of them takes longer
+            for count, rows in self._rows.items():
+                least[rows] = ranked[rows].topk(count, 1, sorted=False).values.amin(1, keepdim=True)
+            above, equal = ranked > least, ranked == least
+            share = (ones - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)
+            wanted = above + equal * share
+        # As a one is its own square, this is the mean of (value - wanted)^2 over any order of equal values.
+        return (values * (values - 2 * wanted)).mean(1) + ones[:, 0] / values.shape[1]
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
@@ -566,7 +578,9 @@ class _Search:
         kinds = [item // areas // count for item in items]
         asked = [self.plan.areas[item % areas] for item in items]
         targets = [_of_one(self.picks[k], n) for k, n in zip(kinds, images, strict=True)]
-        begun = _Items(images, torch.tensor(images, device=device), asked, targets)
+        pixels = math.prod(self.plan.images.shape[2:])
+        area_loss = AreaLoss(asked, pixels, device)
+        begun = _Items(images, torch.tensor(images, device=device), area_loss, targets)
         parameters = torch.full(
             (len(items), *self._smooth.grid), self._start, dtype=self.plan.wide, device=device
         )
@@ -605,7 +619,7 @@ class _Search:
         with torch.enable_grad(), self._exactly():
             parameters = parameters.detach().requires_grad_()
             masks = self._smooth(parameters)
-            loss = weight * area_loss(masks, begun.areas)
+            loss = weight * begun.area_loss(masks)
             (push,) = torch.autograd.grad(loss.sum(), masks, retain_graph=True)
         values = masks.detach()
         shown = torch.cat([values, 1 - values]) if dual else 1 - values if deleting else values
@@ -669,15 +683,15 @@ def _check_finite(steps: int, *values: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Items:
-    """Some masks: of which image each is, on the host and on the device, its area and its target."""
+    """Some masks: of which image each is, on the host and on the device, the loss of their areas, and its target."""
 
     images: list[int]
     image: Tensor
-    areas: list[float]
+    area_loss: AreaLoss
     targets: list[tuple[Any, ...] | None]
 
     def twice(self) -> _Items:
-        return _Items(self.images * 2, self.image.repeat(2), self.areas * 2, self.targets * 2)
+        return _Items(self.images * 2, self.image.repeat(2), self.area_loss, self.targets * 2)
 
     def target(self) -> Target:
         return None if None in self.targets else self.targets

@@ -120,7 +120,8 @@ class LayerGradientXActivation(LayerActivation):
 
     def _of_each_target(self, gradients: Values, evals: Values) -> Values:
         """The same of gradients (K, ...): at once, as products broadcast, where no subclass changes what is made."""
-        own = type(self).multiply_gradient_acts is LayerGradientXActivation.multiply_gradient_acts
+        method = getattr(self.multiply_gradient_acts, "__func__", None)
+        own = method is LayerGradientXActivation.multiply_gradient_acts
         count = len(gradients[0])
         if own or not count:
             return LayerGradientXActivation.multiply_gradient_acts(self, gradients, evals)
