@@ -1,4 +1,4 @@
-"""The rows of the mask ops and the truth about them: each mask by NumPy, pixel by pixel, in float64."""
+"""The rows of the mask ops and the truth about them: each mask by NumPy in float64."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def mask_truth(grids: Tensor, offsets: Tensor | None, size, scale=None, shift=No
     shifts = [(s - 1) / 2 for s in scales] if shift is None else two_(shift)
     places = np.zeros((count, 2), int) if offsets is None else offsets.numpy()
     out = np.zeros((count, *size))
-    for m, y, x in np.ndindex(*out.shape):
+    for m in range(count):
         lows, weights = [], []
-        for axis, p in enumerate((y, x)):
-            at = (float(places[m, axis]) + p) * scales[axis] + shifts[axis]
-            at = min(max(at, 0.0), cells[axis] - 1.0)
-            lows.append(int(at))
-            weights.append(at - int(at))
+        for axis, length in enumerate(size):
+            at = (float(places[m, axis]) + np.arange(length)) * scales[axis] + shifts[axis]
+            at = np.clip(at, 0.0, cells[axis] - 1.0)
+            lows.append(at.astype(int))
+            weights.append(at - lows[axis])
         (i, j), (v, u) = lows, weights
-        k, n = min(i + 1, cells[0] - 1), min(j + 1, cells[1] - 1)
-        top = (1 - u) * values[m, i, j] + u * values[m, i, n]
-        bottom = (1 - u) * values[m, k, j] + u * values[m, k, n]
-        out[m, y, x] = (1 - v) * top + v * bottom
+        k, n = np.minimum(i + 1, cells[0] - 1), np.minimum(j + 1, cells[1] - 1)
+        top = (1 - u) * values[m][i][:, j] + u * values[m][i][:, n]
+        bottom = (1 - u) * values[m][k][:, j] + u * values[m][k][:, n]
+        out[m] = (1 - v)[:, None] * top + v[:, None] * bottom
     # A position inside the grid came from numbers of this size.
     far = sum(n + 2 * abs(s) for n, s in zip(cells, shifts, strict=True))
     largest = np.abs(values).max((1, 2), initial=0)

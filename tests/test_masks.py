@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import CELLS, mask_images_truth, philox_truth, places
 from op_case import DTYPES, F32, F64, drawing
 from op_cases import ARRANGEMENTS, serving, subjects
-from op_truth import assert_same, is_dense
+from op_truth import Band, assert_same, is_dense
 
 import convviz_cuda
 from convviz_cuda import ops
@@ -106,6 +107,85 @@ def test_masked_images(subject, batch, size, grids, scale, shift, shifted, dtype
             ops.mask_images_(out, *tensors, **options)
             assert out.stride() == stride
             assert_same(out, expected)
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def colour_case(count, size, grid, sampling, span, layout, seed):
+    """Images of three colours for the op, places of up to `span` around them, and the truth."""
+    draw = drawing(F32, (), seed)
+    images, grids = draw(3, 3, *size).contiguous(memory_format=layout), draw(count, *grid)
+    image, _ = places(seed, images.shape, grids.shape)
+    offsets = torch.randint(-span, span + 1, (count, 2), generator=torch.Generator().manual_seed(seed))
+    arguments = images, grids, image, offsets
+    return arguments, mask_images_truth(*arguments, **sampling)
+
+
+def written(arguments, sampling, expected: Band, layout) -> torch.Tensor:
+    """What the op writes over NaN, where nothing is right by chance, once it is seen to be the truth."""
+    images, grids = arguments[:2]
+    room = images.new_full((len(grids) + 2, *images.shape[1:]), float("nan"))
+    room = room.contiguous(memory_format=layout)
+    ops.mask_images_(room[1:-1], *arguments, **sampling)
+    result = room.cpu()
+    assert result[0].isnan().all() and result[-1].isnan().all()
+    assert_same(result[1:-1], expected)
+    return result[1:-1]
+
+
+# Slow ones too, where many rows and columns lie in one cell.
+rates = st.one_of(st.none(), st.sampled_from([0.0, 0.06, -0.06, 0.25]), numbers)
+
+
+@each_layout
+@each_subject
+@settings(max_examples=300)
+@given(
+    st.integers(1, 20),
+    st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    sizes.map(lambda cells: tuple(min(n, 6) for n in cells)),
+    st.tuples(numbers, numbers),
+    rates,
+    rates,
+    st.sampled_from([0, 3, 70]),
+    st.integers(1, 5),
+    seeds,
+)
+def test_masked_colour_images(subject, layout, count, size, grid, shift, high, wide, span, number, seed):
+    """Rows of whole vectors and what is left of them, more masks than are applied at once, several threads."""
+    spread = [h / n for h, n in zip(grid, size, strict=True)]
+    scale = tuple(n if given is None else given for n, given in zip(spread, (high, wide), strict=True))
+    sampling = {"scale": scale, "shift": shift}
+    arguments, expected = colour_case(count, size, grid, sampling, span, layout, seed)
+    with serving(subject) as device, threads(number):
+        written([t.to(device) for t in arguments], sampling, expected, layout)
+
+
+# A thread is worth its while from 43 rows of this width on. The rows of one mask are split inside it, however they
+# are split; those of several here not where a mask ends, if each of 2 to 5 threads gets as many, rounded up.
+@pytest.mark.parametrize(("count", "height"), [(1, 219), (11, 37), (23, 37)])
+@each_layout
+@each_subject
+def test_threads_may_share_a_mask(subject, layout, count, height):
+    sampling = {"scale": (0.07, 0.03), "shift": (0.4, -0.2)}
+    arguments, expected = colour_case(count, (height, 129), (6, 5), sampling, 20, layout, count)
+    rows = count * height
+    with serving(subject) as device:
+        arguments = [t.to(device) for t in arguments]
+        with threads(1):
+            alone = written(arguments, sampling, expected, layout)
+        for number in (2, 3, 4, 5):
+            assert -(-rows // number) >= 43 and (count == 1 or -(-rows // number) % height)
+            with threads(number):
+                assert torch.equal(written(arguments, sampling, expected, layout), alone)
 
 
 @each_subject
