@@ -120,9 +120,7 @@ def _description(model: nn.Module) -> bytes | None:
     pickler.tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     try:
         pickler.dump(model)
-    except (
-        Exception
-    ):  # whatever a module raises that cannot be pickled, or that another thread changes meanwhile
+    except Exception:  # whatever is raised by a module that cannot be pickled, or is changing meanwhile
         return None
     return digest.digest()
 
