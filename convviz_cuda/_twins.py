@@ -2,21 +2,127 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from typing import Any
+import gc
+import hashlib
+import itertools
+import pickle
+import weakref
+from collections.abc import Iterable, Iterator
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+# What a copy takes as it is. Classes' own methods get their parts from ``self``, so they are not looked into.
+_AS_THEY_ARE = (FunctionType, BuiltinFunctionType, type, ModuleType)
+_ENDS = (Tensor, type, ModuleType, CodeType, FrameType)
+_TAPS = f"{__package__}.attr._taps"  # its hooks, of another thread's forward, do nothing in this one
+MANY = 50_000  # objects that are looked at, to see what a copy holds
+
+
+class _Kept(NamedTuple):
+    """A twin for the next call, and what the model and the twin were when it was made."""
+
+    twin: nn.Module
+    of: bytes | None
+    own: bytes | None
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
 def twin_of(model: nn.Module) -> nn.Module:
     """The model's modules again with the same tensors: for what changes modules while it runs, as an export does, when
-    other threads may be using these. Of a model that cannot be copied, itself."""
+    other threads may be using these. Of a model that cannot be copied, itself.
+
+    Functions are not copied: what they hold of the model's modules, the twin runs too. A capture bears that, as all are
+    in evaluation mode and its layers are compared with the model's output; for other uses see :func:`lent_twin`.
+    """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, shared)
     except Exception:  # whatever a module that cannot be copied raises
         return model
+
+
+@contextlib.contextmanager
+def lent_twin(model: nn.Module) -> Iterator[nn.Module]:
+    """A twin that nobody else has while the block lasts; where there can be none, the model itself.
+
+    The next call gets the same one, with all that is remembered of it, unless the model or the twin has changed in
+    between otherwise than in its tensors' values.
+    """
+    kept, of = None, _description(model)
+    with contextlib.suppress(TypeError):  # of a module without a weak reference none is kept
+        kept = _kept.pop(model, None)
+    if kept is None or of != kept.of or _description(kept.twin) != kept.own:
+        twin = twin_of(model)
+        kept = _Kept(twin, of, _description(twin))
+    # A forward that was wrapped, or a hook, is a function, which a copy takes as it is: it would run the model's own
+    # modules, in training mode.
+    if kept.twin is model or _reaches(kept.twin, model):
+        yield model
+        return
+    yield kept.twin
+    if None not in kept[1:]:
+        with contextlib.suppress(TypeError):
+            _kept[model] = kept
+
+
+def _reaches(twin: nn.Module, model: nn.Module) -> bool:
+    """Whether a copy holds modules of the model in any way: in what its functions close over or name, say."""
+    originals = {id(module) for module in model.modules()}
+    seen: set[int] = set()
+    waiting: list[Any] = [twin]
+    while waiting and len(seen) < MANY:
+        value = waiting.pop()
+        if id(value) in originals:
+            return True
+        if id(value) not in seen and not isinstance(value, _ENDS):
+            seen.add(id(value))
+            waiting += _held_by(value)
+    return bool(waiting)  # too many to know
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if not isinstance(value, FunctionType):
+        return gc.get_referents(value)
+    names = value.__globals__
+    if names.get("__name__") == _TAPS:
+        return []
+    named = [names[name] for name in _names_in(value.__code__) if name in names]
+    return [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value), *named]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
+    return itertools.chain(code.co_names, *inner)
+
+
+class _Pickler(pickle.Pickler):
+    """By identity what a twin shares with its model, all else by value."""
+
+    tensors: set[int]
+
+    def persistent_id(self, value: Any) -> int | None:
+        return id(value) if isinstance(value, _AS_THEY_ARE) or id(value) in self.tensors else None
+
+
+def _description(model: nn.Module) -> bytes | None:
+    """A number that changes with everything in a model but its tensors' values; None of what cannot be followed."""
+    digest = hashlib.sha256()
+    pickler = _Pickler(SimpleNamespace(write=digest.update))
+    pickler.tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        pickler.dump(model)
+    except Exception:  # whatever is raised by a module that cannot be pickled, or is changing meanwhile
+        return None
+    return digest.digest()
 
 
 def say_less(twin: nn.Module) -> list[Exception]:

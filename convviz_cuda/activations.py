@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attr._gradient import check_module, evaluating, evaluation_copy, find_layer
+from .attr._gradient import check_module, evaluation_copy, find_layer
 from .attr._taps import tapped
 
-__all__ = ["LayerReader", "evaluating", "evaluation_copy", "layer_features"]
+__all__ = ["LayerReader", "evaluation_copy", "layer_features"]
 
 
 class LayerReader:

@@ -7,6 +7,7 @@ transposed filters}, without biases.
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import threading
@@ -162,11 +163,13 @@ class DeconvNet:
         self._asked = 0  # projections so far
         self._fields: dict[Any, _Known] = {}
 
-    def of(self, model: nn.Module) -> DeconvNet:
-        """The same of a copy of the model; itself of the model that it has."""
+    def _of(self, model: nn.Module) -> DeconvNet:
+        """The same of a copy of the model, also of a subclass; itself of the model that it has."""
         if model is self.model:
             return self
-        return DeconvNet(model, self.layer, self.overlap, self.seed, self.norm)
+        net = copy.copy(self)
+        DeconvNet.__init__(net, model, self.layer, self.overlap, self.seed, self.norm)
+        return net
 
     # -- receptive fields
 

@@ -13,10 +13,11 @@ from ._capture import capture, captured, is_current, receptive_field
 from ._captured import Network
 from ._fields import Field, ReceptiveField
 from ._layers import Axis, CannotCapture, Layer
-from ._model_state import geometry_key, sampled, settings_of
+from ._model_state import SAMPLE, geometry_key, sampled, settings_of
 from ._twins import twin_of
 
 __all__ = [
+    "SAMPLE",
     "Axis",
     "CannotCapture",
     "Field",

@@ -306,7 +306,7 @@ class _Run:
                 "Projections need autograd, which torch.inference_mode() turns off: use torch.no_grad()."
             )
         with evaluation_copy(self.model) as (self.model, _):
-            self.nets = [net.of(self.model) for net in self.nets]
+            self.nets = [net._of(self.model) for net in self.nets]
             return self._results()
 
     def _results(self) -> list[TopActivations]:

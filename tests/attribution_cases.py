@@ -9,18 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Looking(nn.Module):
-    """The input, after a look at something: what a thread sees that has it while a forward is made."""
-
-    def __init__(self, look: Callable[[], object]) -> None:
-        super().__init__()
-        self.look = look
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.look()
-        return x
-
-
 def watched(model: nn.Module) -> tuple[nn.Sequential, Callable[[], None], list[bool]]:
     """A model in training mode around this one, "1", a look at its modes, and whether each was that at every look.
 
@@ -31,7 +19,12 @@ def watched(model: nn.Module) -> tuple[nn.Sequential, Callable[[], None], list[b
     def look() -> None:
         seen.append(all(part.training for part in around.modules()))
 
-    around = nn.Sequential(Looking(look), model).train()
+    class Looking(nn.Module):  # a function in an attribute would tie a copy to the model
+        def forward(self, x: Tensor) -> Tensor:
+            look()
+            return x
+
+    around = nn.Sequential(Looking(), model).train()
     return around, look, seen
 
 

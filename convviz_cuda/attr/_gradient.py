@@ -14,8 +14,9 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .._kept import KeptBuffers, KeptRandom
+from .._twins import lent_twin
 from ..checks import check_int
-from ..network import settings_of, twin_of
+from ..network import settings_of
 from ..rules import BATCH_NORM_TRAINS, DROPOUT_TRAINS, backward_rule
 from ._inputs import (
     Inputs,
@@ -464,14 +465,14 @@ def evaluation_copy(
 ) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """The model and layers of it, all in evaluation mode.
 
-    Of a model in training mode copies with the same tensors, as other threads may be training it meanwhile.
+    Of a model in training mode copies with the same tensors, as other threads may be training it meanwhile. The
+    copy is kept for the next call as long as the model stays what it is.
     """
-    twin, known = model, {}
-    if in_training(model):
-        twin = twin_of(model)
+    with lent_twin(model) if in_training(model) else contextlib.nullcontext(model) as twin:
         known = dict(zip(map(id, model.modules()), twin.modules(), strict=True))
-    with evaluating(twin):  # in place where a model cannot be copied
-        yield twin, [known.get(id(layer), layer) for layer in layers]
+        # In place where a model cannot be copied, or a copy would run the model's own modules.
+        with evaluating(twin):
+            yield twin, [known.get(id(layer), layer) for layer in layers]
 
 
 def check_module(model: Any) -> None:

@@ -192,7 +192,7 @@ def occlusion_figure(
             max(1, side // 4) for side in ((window, window) if isinstance(window, int) else window)
         )
     with evaluation_copy(model) as (model, _):
-        net = net.of(model)
+        net = net._of(model)
         with torch.no_grad():
             scores, (maps,) = LayerReader(model, [net.layer])(images)
         if maps.dim() != 4:
