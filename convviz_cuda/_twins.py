@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import gc
-import hashlib
 import itertools
-import pickle
 import weakref
 from collections.abc import Iterable, Iterator
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
 
 from torch import Tensor, nn
 
-# What a copy takes as it is. Classes' own methods get their parts from ``self``, so they are not looked into.
-_AS_THEY_ARE = (FunctionType, BuiltinFunctionType, type, ModuleType)
+# Classes' own methods get their parts from ``self``, so they are not looked into.
 _ENDS = (Tensor, type, ModuleType, CodeType, FrameType)
 _TAPS = f"{__package__}.attr._taps"  # its hooks, of another thread's forward, do nothing in this one
 MANY = 50_000  # objects that are looked at, to see what a copy holds
-
-
-class _Kept(NamedTuple):
-    """A twin for the next call, and what the model and the twin were when it was made."""
-
-    twin: nn.Module
-    of: bytes | None
-    own: bytes | None
-
-
-_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
 def twin_of(model: nn.Module) -> nn.Module:
@@ -39,7 +24,7 @@ def twin_of(model: nn.Module) -> nn.Module:
     other threads may be using these. Of a model that cannot be copied, itself.
 
     Functions are not copied: what they hold of the model's modules, the twin runs too. A capture bears that, as all are
-    in evaluation mode and its layers are compared with the model's output; for other uses see :func:`lent_twin`.
+    in evaluation mode and its layers are compared with the model's output; for other uses see :func:`own_twin`.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
@@ -48,28 +33,14 @@ def twin_of(model: nn.Module) -> nn.Module:
         return model
 
 
-@contextlib.contextmanager
-def lent_twin(model: nn.Module) -> Iterator[nn.Module]:
-    """A twin that nobody else has while the block lasts; where there can be none, the model itself.
+def own_twin(model: nn.Module) -> nn.Module:
+    """A twin that runs none of the model's own modules; where there can be none, the model itself.
 
-    The next call gets the same one, with all that is remembered of it, unless the model or the twin has changed in
-    between otherwise than in its tensors' values.
+    A forward that was wrapped, or a hook, is a function, which a copy takes as it is: it would run the model's modules,
+    in training mode.
     """
-    kept, of = None, _description(model)
-    with contextlib.suppress(TypeError):  # of a module without a weak reference none is kept
-        kept = _kept.pop(model, None)
-    if kept is None or of != kept.of or _description(kept.twin) != kept.own:
-        twin = twin_of(model)
-        kept = _Kept(twin, of, _description(twin))
-    # A forward that was wrapped, or a hook, is a function, which a copy takes as it is: it would run the model's own
-    # modules, in training mode.
-    if kept.twin is model or _reaches(kept.twin, model):
-        yield model
-        return
-    yield kept.twin
-    if None not in kept[1:]:
-        with contextlib.suppress(TypeError):
-            _kept[model] = kept
+    twin = twin_of(model)
+    return model if twin is model or _reaches(twin, model) else twin
 
 
 def _reaches(twin: nn.Module, model: nn.Module) -> bool:
@@ -102,27 +73,6 @@ def _held_by(value: Any) -> Iterable[Any]:
 def _names_in(code: CodeType) -> Iterator[str]:
     inner = (_names_in(each) for each in code.co_consts if isinstance(each, CodeType))
     return itertools.chain(code.co_names, *inner)
-
-
-class _Pickler(pickle.Pickler):
-    """By identity what a twin shares with its model, all else by value."""
-
-    tensors: set[int]
-
-    def persistent_id(self, value: Any) -> int | None:
-        return id(value) if isinstance(value, _AS_THEY_ARE) or id(value) in self.tensors else None
-
-
-def _description(model: nn.Module) -> bytes | None:
-    """A number that changes with everything in a model but its tensors' values; None of what cannot be followed."""
-    digest = hashlib.sha256()
-    pickler = _Pickler(SimpleNamespace(write=digest.update))
-    pickler.tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    try:
-        pickler.dump(model)
-    except Exception:  # whatever is raised by a module that cannot be pickled, or is changing meanwhile
-        return None
-    return digest.digest()
 
 
 def say_less(twin: nn.Module) -> list[Exception]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
-import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -13,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convviz_cuda import DeconvNet, _capture
+from convviz_cuda import DeconvNet
 from convviz_cuda.activations import evaluation_copy
-from convviz_cuda.experiments import feature_invariance, occlusion_figure
+from convviz_cuda.experiments import feature_invariance
 
 
 class Around(nn.Module):
@@ -157,9 +155,8 @@ def test_functions_that_run_no_module_leave_copies(change: Callable[[Around], No
     assert int(model.part[1].num_batches_tracked) == 0
     with torch.no_grad():
         model.part[0].weight.add_(1)
-    with evaluation_copy(model) as (again, _):  # neither functions nor a step of training ask for another one
-        assert again is twin
-    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+    # The same tensors: a step of training is one of the copy, too.
+    torch.testing.assert_close(twin.eval()(x), model.eval()(x))
 
 
 def test_another_threads_look_at_a_layer_leaves_copies() -> None:
@@ -170,182 +167,7 @@ def test_another_threads_look_at_a_layer_leaves_copies() -> None:
         assert twin is not model and model.training
 
 
-# -- one for many calls
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The models that were captured."""
-    found: list[weakref.ref] = []
-    real = _capture._capture
-
-    def watched(model: nn.Module, images: Tensor) -> object:
-        found.append(weakref.ref(model))
-        return real(model, images)
-
-    monkeypatch.setattr(_capture, "_capture", watched)
-    return found
-
-
-def test_a_second_call_captures_nothing(captures: list) -> None:
-    model, x = dropping().train(), pictures()
-    tops = [DeconvNet(model, "part.2").top_activations(x, k=2) for _ in range(2)]
-    assert len(captures) == 1 and torch.equal(tops[0].projections, tops[1].projections)
-    figures = [occlusion_figure(model, x[:1], 1, "part.2", window=8, stride=4) for _ in range(2)]
-    assert len(captures) == 1 and torch.equal(figures[0].activation, figures[1].activation)
-    assert all(part.training for part in model.modules())
-    own = weakref.ref(model)
-    del model, tops, figures
-    gc.collect()
-    assert own() is None and captures[0]() is None  # neither the model nor its copy is kept alive
-
-
-def replaced_parameter(model: Around) -> None:
-    model.part[0].weight = nn.Parameter(2 * model.part[0].weight.detach())
-
-
-def replaced_buffer(model: Around) -> None:
-    model.part[1].running_mean = model.part[1].running_mean + 1
-
-
-def replaced_module(model: Around) -> None:
-    model.part[2] = nn.Tanh()
-
-
-def replaced_setting(model: Around) -> None:
-    model.part[1].eps = 2.0
-
-
-def replaced_inside_an_object(model: Around) -> None:
-    model.settings.factor = 3.0
-
-
-def replaced_function(model: Around) -> None:
-    model.run = torch.flatten
-
-
-def added_hook(model: Around) -> None:
-    model.part[2].register_forward_hook(lambda _m, _i, gave: 3 * gave)
-
-
-def written_unseen(model: Around) -> None:
-    model.part[5].weight.data[0, 5] += 1
-
-
-CHANGES = [
-    replaced_parameter,
-    replaced_buffer,
-    replaced_module,
-    replaced_setting,
-    replaced_inside_an_object,
-    replaced_function,
-    added_hook,
-    written_unseen,
-]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_between_calls_is_noticed(change: Callable[[Around], None]) -> None:
-    model, x = dropping().train(), pictures()
-    with evaluation_copy(model) as (first, _):
-        before = first(x)
-    with evaluation_copy(model) as (again, _):
-        assert again is first
-    change(model)
-    with evaluation_copy(model) as (twin, _), torch.no_grad():
-        found = twin(x)
-        assert not twin.training and model.training
-    expected = model.eval()(x)
-    assert torch.equal(found, expected) and (found.shape != before.shape or not torch.equal(found, before))
-
-
-def test_what_a_function_holds_may_change_between_calls() -> None:
-    model, x, parts = dropping(), pictures(), {}
-    model.run = lambda x: parts.get("own", torch.flatten)(x)
-    model.train()
-    with evaluation_copy(model) as (twin, _):
-        assert twin is not model and torch.equal(twin(x), x.flatten())
-    parts["own"] = model.part
-    with evaluation_copy(model) as (twin, _):
-        found = twin(x)
-    assert int(model.part[1].num_batches_tracked) == 0
-    torch.testing.assert_close(found, model.eval()(x))
-
-
-class Unfollowed(nn.Module):
-    """Can be copied, but not pickled; gives the number that it holds."""
-
-    def __init__(self, number: int = 1) -> None:
-        super().__init__()
-        self.number = number
-
-    def __deepcopy__(self, memo: object) -> Unfollowed:
-        return Unfollowed(self.number)
-
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError("not pickled")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.number
-
-
-def test_a_copy_of_what_cannot_be_followed_serves_once() -> None:
-    model, x = nn.Sequential(Unfollowed(), nn.Dropout()).train(), pictures()
-    for number in (1, 2):
-        model[0].number = number
-        with evaluation_copy(model) as (twin, _):
-            assert twin is not model and torch.equal(twin(x), number * x)
-
-
-class Counting(nn.Module):
-    """Gives how often it ran."""
-
-    runs = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.runs += 1
-        return x * self.runs
-
-
-def test_a_copy_that_its_forward_changed_serves_once() -> None:
-    model, x = nn.Sequential(Counting(), nn.Dropout()).train(), pictures()
-    for _ in range(2):
-        with evaluation_copy(model) as (twin, _):
-            assert torch.equal(twin(x), x)
-    assert model[0].runs == 0
-
-
-def test_a_copy_is_lent_to_one_at_a_time() -> None:
-    model = dropping().train()
-    held: list[nn.Module] = []
-    both = threading.Barrier(2, timeout=60)
-
-    def work() -> None:
-        with evaluation_copy(model) as (twin, _):
-            held.append(twin)
-            both.wait()  # both have one
-            assert not twin.training
-            both.wait()
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({id(twin) for twin in held}) == 2
-    with evaluation_copy(model) as (twin, _), evaluation_copy(model) as (inner, _):
-        assert any(twin is each for each in held) and inner is not twin
-
-
-def test_an_error_leaves_no_copy_behind() -> None:
-    model = dropping().train()
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="broken"), evaluation_copy(model) as (twin, _):
-            twin.part[2] = nn.Tanh()
-            raise RuntimeError("broken")
-    with evaluation_copy(model) as (twin, _):
-        assert isinstance(twin.part[2], nn.ReLU) and not twin.training
-    assert model.training
+# -- subclasses
 
 
 class Narrow(DeconvNet):

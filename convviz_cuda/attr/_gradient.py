@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from .._kept import KeptBuffers, KeptRandom
-from .._twins import lent_twin
+from .._twins import own_twin
 from ..checks import check_int
 from ..network import settings_of
 from ..rules import BATCH_NORM_TRAINS, DROPOUT_TRAINS, backward_rule
@@ -465,14 +465,14 @@ def evaluation_copy(
 ) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """The model and layers of it, all in evaluation mode.
 
-    Of a model in training mode copies with the same tensors, as other threads may be training it meanwhile. The
-    copy is kept for the next call as long as the model stays what it is.
+    Of a model in training mode copies with the same tensors, as other threads may be training it meanwhile. They are
+    captured anew at each call: a model in evaluation mode is captured once.
     """
-    with lent_twin(model) if in_training(model) else contextlib.nullcontext(model) as twin:
-        known = dict(zip(map(id, model.modules()), twin.modules(), strict=True))
-        # In place where a model cannot be copied, or a copy would run the model's own modules.
-        with evaluating(twin):
-            yield twin, [known.get(id(layer), layer) for layer in layers]
+    twin = own_twin(model) if in_training(model) else model
+    known = dict(zip(map(id, model.modules()), twin.modules(), strict=True))
+    # In place where a model cannot be copied, or a copy would run the model's own modules.
+    with evaluating(twin):
+        yield twin, [known.get(id(layer), layer) for layer in layers]
 
 
 def check_module(model: Any) -> None:
