@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._captured import Network
 from ._layers import CannotCapture
+from ._network import Network
 
 
 def check_captured(network: Network, model: nn.Module, example: Tensor) -> None:

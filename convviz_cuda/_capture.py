@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ._agreement import check_captured
-from ._captured import Network
 from ._draws import drawn_from
 from ._export import Unsupported, parse
 from ._fields import ReceptiveField
 from ._layers import CannotCapture
 from ._model_state import state_key
+from ._network import Network
 from ._twins import say_less, twin_of
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from ._agreement import rows_agree
 from ._capture import capture, captured, is_current, receptive_field
-from ._captured import Network
 from ._fields import Field, ReceptiveField
 from ._layers import Axis, CannotCapture, Layer
 from ._model_state import SAMPLE, geometry_key, sampled, settings_of
+from ._network import Network
 from ._twins import twin_of
 
 __all__ = [

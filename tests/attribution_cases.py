@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,24 @@ def watched(model: nn.Module) -> tuple[nn.Sequential, Callable[[], None], list[b
 
     around = nn.Sequential(Looking(), model).train()
     return around, look, seen
+
+
+def assert_threads_agree(call: Callable[[int], Tensor], times: int) -> None:
+    """Two threads that call at once, one with 1 and one with 2, so many times, get what each gets alone."""
+    expected = {target: call(target) for target in (1, 2)}
+    right, barrier = [], threading.Barrier(2, timeout=60)  # or one would wait for the other's exception
+
+    def work(target: int) -> None:
+        for _ in range(times):
+            barrier.wait()
+            right.append(torch.equal(call(target), expected[target]))
+
+    threads = [threading.Thread(target=work, args=(target,)) for target in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * (2 * times)  # an exception in a thread leaves fewer
 
 
 class Plain(nn.Module):

@@ -1,4 +1,4 @@
-"""Functions with scores that do not simply add up, which the tests of occlusion share."""
+"""Functions with scores that do not simply add up, which the tests of occlusion and of feature ablation share."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ def by_captum(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return captum.attr.Occlusion(function).attribute(*args, **kwargs)
 
 
-def assert_close(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
-    """Shapes, dtypes and values, within ``tolerance`` of the largest value expected."""
+def assert_close(
+    found: Any, expected: Any, tolerance: float = 2e-6, dtype: torch.dtype | None = torch.float32
+) -> None:
+    """Shapes, dtypes and values, within ``tolerance`` of the largest value expected; dtype None: any that is both's."""
     if isinstance(expected, tuple):
         assert isinstance(found, tuple) and len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
-            assert_close(one, other, tolerance)
+            assert_close(one, other, tolerance, dtype)
         return
-    assert found.shape == expected.shape and found.dtype == expected.dtype == torch.float32
-    scale = expected.abs().max().item()
-    assert (found - expected).abs().max().item() <= tolerance * max(scale, 1e-3)
+    assert found.shape == expected.shape and found.dtype == expected.dtype and dtype in (None, found.dtype)
+    if expected.numel():
+        scale = expected.abs().max().item()
+        assert (found - expected).abs().max().item() <= tolerance * max(scale, 1e-3)
 
 
 def scores(x: Tensor, outputs: int = 5) -> Tensor:
-    """(N, outputs) scores of inputs of any shape, not linear, so that windows do not simply add up."""
-    flat = x.flatten(1)
+    """(N, outputs) scores of inputs of any shape, not linear, so that features do not simply add up."""
+    flat = x.flatten(1) if x.dim() > 1 else x[:, None]
     flat = flat if flat.is_floating_point() else flat.float()
     weight = torch.randn(
         flat.shape[1], outputs, generator=torch.Generator().manual_seed(2), dtype=torch.float64

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import captum.attr
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from attribution_cases import assert_threads_agree
 from gradient_cases import METHODS, NEURON_METHODS, assert_equal_to, by_captum, net
 from torch import Tensor, nn
 
@@ -111,21 +110,8 @@ def test_functional_relus_are_seen(images, name):
 
 @pytest.mark.parametrize("name", ["GuidedBackprop", "Deconvolution"])
 def test_two_threads_share_a_model(images, name):
-    model, wrong, barrier = net(), [], threading.Barrier(2)
-    expected = {t: getattr(attr, name)(model).attribute(images, t) for t in (1, 2)}
-
-    def work(target):
-        for _ in range(20):
-            barrier.wait()
-            if not torch.equal(getattr(attr, name)(model).attribute(images, target), expected[target]):
-                wrong.append(target)
-
-    threads = [threading.Thread(target=work, args=(t,)) for t in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    model = net()
+    assert_threads_agree(lambda target: getattr(attr, name)(model).attribute(images, target), 20)
 
 
 # ----------------------------------------------------------------------------------------- attribute_many

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
+from attribution_cases import assert_threads_agree
 from gradient_cases import NEURON_METHODS, assert_equal_to, by_captum, net
 from torch import nn
 
@@ -36,22 +35,10 @@ def test_neurons_equal_captum(images, name, layer, of_input):
 
 
 def test_neurons_in_two_threads_share_a_layer(images):
-    model, wrong, barrier = net(), [], threading.Barrier(2)
+    model = net()
     method = attr.NeuronDeconvolution(model, "4")
-    expected = {c: method.attribute(images, (c, 1, 1)) for c in (1, 2)}
-
-    def work(channel):
-        for _ in range(20):
-            barrier.wait()
-            if not torch.equal(method.attribute(images, (channel, 1, 1)), expected[channel]):
-                wrong.append(channel)
-
-    threads = [threading.Thread(target=work, args=(c,)) for c in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and not model[4]._forward_hooks
+    assert_threads_agree(lambda channel: method.attribute(images, (channel, 1, 1)), 20)
+    assert not model[4]._forward_hooks
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2)])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import signal
-import threading
 import warnings
 from typing import Any
 
 import captum.attr
+import occlusion_cases
 import pytest
 import torch
+from attribution_cases import assert_threads_agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from occlusion_cases import normal, scores
 from torch import Tensor, nn
 
 from convviz_cuda.attr import FeatureAblation, Occlusion
@@ -24,31 +26,7 @@ def by_captum(function: Any, *args: Any, **kwargs: Any) -> Any:
         return captum.attr.FeatureAblation(function).attribute(*args, **kwargs)
 
 
-def assert_close(found: Any, expected: Any, tolerance: float = 2e-6) -> None:
-    """Shapes, dtypes and values, within ``tolerance`` of the largest value expected."""
-    if isinstance(expected, tuple):
-        assert isinstance(found, tuple) and len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_close(one, other, tolerance)
-        return
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    if expected.numel():
-        scale = expected.abs().max().item()
-        assert (found - expected).abs().max().item() <= tolerance * max(scale, 1e-3)
-
-
-def scores(x: Tensor, outputs: int = 5) -> Tensor:
-    """(N, outputs) scores of inputs of any shape, not linear, so that features do not simply add up."""
-    flat = x.flatten(1) if x.dim() > 1 else x[:, None]
-    flat = flat if flat.is_floating_point() else flat.float()
-    weight = torch.randn(
-        flat.shape[1], outputs, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
-    return torch.tanh(flat @ weight.to(flat.dtype) / math.sqrt(flat.shape[1]))
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+assert_close = functools.partial(occlusion_cases.assert_close, dtype=None)
 
 
 def numbers(*shape: int, below: int = 4, seed: int = 1) -> Tensor:
@@ -402,21 +380,8 @@ def test_nothing_is_left_behind(images):
 
 
 def test_two_threads_share_a_method(images):
-    method, wrong, barrier = FeatureAblation(net()), [], threading.Barrier(2)
-    expected = {t: method.attribute(images, target=t) for t in (1, 2)}
-
-    def work(target: int) -> None:
-        for _ in range(10):
-            barrier.wait()
-            if not torch.equal(method.attribute(images, target=target), expected[target]):
-                wrong.append(target)
-
-    threads = [threading.Thread(target=work, args=(t,)) for t in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    method = FeatureAblation(net())
+    assert_threads_agree(lambda target: method.attribute(images, target=target), 10)
 
 
 def test_progress_counts_the_features(images, capsys):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import captum.attr
 import numpy as np
 import pytest
 import torch
+from attribution_cases import assert_threads_agree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from path_cases import Two, Watched, assert_equal_to, net, normal, quiet
@@ -418,21 +418,8 @@ def test_nothing_is_left_behind(images):
 
 
 def test_two_threads_share_a_method(images):
-    method, wrong, barrier = IntegratedGradients(net()), [], threading.Barrier(2)
-    expected = {t: method.attribute(images, target=t, n_steps=4) for t in (1, 2)}
-
-    def work(target: int) -> None:
-        for _ in range(10):
-            barrier.wait()
-            if not torch.equal(method.attribute(images, target=target, n_steps=4), expected[target]):
-                wrong.append(target)
-
-    threads = [threading.Thread(target=work, args=(t,)) for t in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    method = IntegratedGradients(net())
+    assert_threads_agree(lambda target: method.attribute(images, target=target, n_steps=4), 10)
 
 
 def test_progress_counts_the_points(images, capsys):

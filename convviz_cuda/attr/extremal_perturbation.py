@@ -323,7 +323,7 @@ class AreaLoss:
         self._ones = torch.tensor(counts, device=device)[:, None]
         self._rows = {
             count: torch.tensor([row for row, each in enumerate(counts) if each == count], device=device)
-            for count in counts
+            for count in set(counts)
         }
 
     def __call__(self, masks: Tensor) -> Tensor:
